@@ -1,0 +1,56 @@
+"""emlens: mechanistic interpretability of emergent misalignment. Public names in the order of the data-flow, loaded on first use."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load_prompts": "prompts",
+    "load_model": "models",
+    "HookedModel": "models",
+    "Activations": "activations",
+    "Place": "activations",
+    "finetune": "tuning",
+    "Run": "tuning",
+    "checkpoint_margins": "dynamics",
+    "principal_angles": "geometry",
+    "overlap": "geometry",
+    "overlap_by_prompt": "geometry",
+    "overlap_similarity": "geometry",
+    "similarity": "geometry",
+    "similarity_by_prompt": "geometry",
+    "split_half_overlap": "geometry",
+    "split_half_similarity": "geometry",
+    "shift_norms": "geometry",
+    "Direction": "directions",
+    "mean_difference": "directions",
+    "random_directions": "directions",
+    "project": "directions",
+    "held_out_separation": "directions",
+    "predict": "prediction",
+    "dose_response": "steering",
+    "Study": "study",
+}
+
+_ROOMS = (
+    "prompts", "positions", "loading", "models", "activations", "store", "geometry", "nulls", "directions", "prediction", "ridge", "baselines",
+    "steering", "tuning", "dynamics", "stats", "plots", "study", "report", "cli",
+)  # fmt: skip
+
+__all__ = ["__version__", *_WHERE, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    elif name in _ROOMS:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"emlens has no {name!r}; public names: {', '.join(_WHERE)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,86 @@
+"""The command line: demo, study run, report. Thin: it reads arguments, calls the rooms, and turns their errors into one line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  emlens demo                          the shipped study, a page at runs/demo/report.html
+  emlens demo --quick --out runs/quick the same code on fewer rows, in minutes
+  emlens study run my.yaml --out runs/mine
+  emlens report runs/demo              write the page of a finished run anew
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 only when all went well."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "act"):
+        parser.print_help()
+        return 2
+    from .store import StoreError
+
+    try:
+        return args.act(args)
+    except (StoreError, ValueError, KeyError, FileNotFoundError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"emlens: {said}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("emlens: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="emlens", description="Mechanistic interpretability of emergent misalignment.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"emlens {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", metavar="")
+    demo = commands.add_parser("demo", help="run the shipped study on a small real model", epilog="example: emlens demo --quick --out runs/quick")
+    demo.set_defaults(act=_study, file="demo")
+    study = commands.add_parser("study", help="run a study file").add_subparsers(title="commands", metavar="", required=True)
+    run = study.add_parser("run", help="run every missing piece of a study", epilog="example: emlens study run my.yaml --out runs/mine")
+    run.add_argument("file", help="a .yaml study, or the name of a shipped one")
+    run.set_defaults(act=_study)
+    for one in (demo, run):
+        one.add_argument("--quick", action="store_true", help="the study's own smaller settings: same code, fewer rows")
+        one.add_argument("--out", metavar="DIR", help="run folder (default: runs/<name>, or runs/<name>-quick)")
+    report = commands.add_parser("report", help="write the page of a finished run anew", epilog="example: emlens report runs/demo")
+    report.add_argument("run", help="run folder")
+    report.set_defaults(act=_report)
+    return parser
+
+
+def _study(args: argparse.Namespace) -> int:
+    from .study import Study, command_line
+
+    study = Study.load(args.file, quick=args.quick)
+    out = args.out or f"runs/{study.config['name']}{'-quick' if args.quick else ''}"
+    return _show(study.run(out, command=command_line()))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import build
+
+    build(args.run)
+    return _show(args.run)
+
+
+def _show(folder: str | Path) -> int:
+    from .report import summary
+
+    print(summary(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Along a tuning: narrow loss against broad alignment, checkpoint by checkpoint, on the one set of loaded weights."""
+
+from typing import Any
+
+import pandas as pd
+
+from .models import HookedModel
+from .tuning import Run
+
+
+def checkpoint_margins(model: HookedModel, run: Run, questions: Any, precision: str | None = None) -> pd.DataFrame:
+    """The margin at every kept checkpoint of a run: each adapter is put on, read and taken off again.
+
+    Args:
+        model: the model that was tuned.
+        run: of :func:`emlens.finetune`.
+        questions: with contrast answers; a stated subset if need be.
+        precision: as in :meth:`HookedModel.margin`.
+
+    Returns:
+        DataFrame ``step, heldout_loss, heldout_se, id, category, margin`` (nats/token); step 0 is the model before tuning.
+    """
+    rows = []
+    for point in run.checkpoints.itertuples():
+        if isinstance(point.path, str) and point.path:
+            name = f"checkpoint {point.step}"
+            model.add_adapter(name, point.path)
+            try:
+                margins = model.margin(questions, adapter=name, precision=precision)
+            finally:
+                model.drop_adapter(name)
+        else:
+            margins = model.margin(questions, precision=precision)
+        rows.append(margins.assign(step=point.step, heldout_loss=point.heldout_loss, heldout_se=point.heldout_se))
+    table = pd.concat(rows, ignore_index=True)
+    return table[["step", "heldout_loss", "heldout_se", "id", *[c for c in ("category",) if c in table], "margin"]]

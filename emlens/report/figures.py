@@ -1,0 +1,323 @@
+"""Which table becomes which figure, with what words beside it. Rows are chosen here; nothing is estimated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from emlens import plots
+from emlens.report.folder import Folder
+from emlens.report.words import null_of
+
+
+@dataclass(frozen=True)
+class Section:
+    """One analysis on the page: what is asked, the figure, the rows it draws, and how it was tested."""
+
+    name: str
+    title: str
+    asked: str
+    tables: tuple[str, ...]
+    figure: go.Figure
+    rows: pd.DataFrame
+    caption: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An analysis that this run folder has no tables for."""
+
+    name: str
+    title: str
+    tables: tuple[str, ...]
+
+
+def sections(folder: Folder) -> list[Section | LeftOut]:
+    """Every analysis of the page in its order, or which tables it lacks."""
+    made: list[Section | LeftOut] = []
+    for name, title, asked, tables, draw in _SECTIONS:
+        lacking = folder.missing(*tables)
+        if lacking:
+            made.append(LeftOut(name, title, tuple(lacking)))
+            continue
+        figure, rows, caption = draw(folder)
+        made.append(Section(name, title, asked, tables, figure, rows, tuple(line for line in caption if line)))
+    return made
+
+
+_CORRECTIONS = {
+    "bh": "Benjamini–Hochberg",
+    "holm": "Holm",
+    "bonferroni": "Bonferroni",
+    "max-statistic": "the largest over the layers (max-statistic)",
+}
+Drawn = tuple[go.Figure, pd.DataFrame, Sequence[str]]
+
+
+def _training(folder: Folder) -> Drawn:
+    steps, checkpoints = folder.tables["training"], folder.tables["checkpoints"]
+    rows = pd.concat([steps.assign(table="training"), checkpoints.assign(table="checkpoints")], ignore_index=True)
+    n = _span(checkpoints["n"])
+    return (
+        plots.training(steps, checkpoints),
+        rows,
+        [
+            f"{checkpoints['run'].nunique()} runs; margin over {n} questions, step 0 is the model before tuning.",
+            "Bands: 95 % intervals over questions. Description: no test, and no correlation over so few runs.",
+        ],
+    )
+
+
+def _margins(folder: Folder) -> Drawn:
+    rows = folder.tables["margins"]
+    summary = folder.tables["margin_summary"]
+    said = [f"{row['variant']}: {row['mean']:.3f} ± {row['sd']:.3f}" for _, row in summary.iterrows()]
+    rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
+    figure = plots.distribution(rows, "margin", "variant", color="trained on", text="question", x_title="margin (nats/token)")
+    return (
+        figure,
+        rows,
+        [
+            f"n = {_span(summary['n'])} questions a line; mean ± standard deviation: {'; '.join(said)}.",
+            "Right is aligned; the box is the middle half, its line the median. Description: the tests come next.",
+        ],
+    )
+
+
+def _margin_change(folder: Folder) -> Drawn:
+    table = folder.tables["margin_change"]
+    rows = table[table["metric"] == "difference"]
+    keys = ["domain", "schedule", "seed", "comparison"]
+    effects = table[table["metric"].isin(["cohen_dz", "rank_biserial"])]
+    wide = effects.pivot(index=keys, columns="metric", values="estimate").reset_index()
+    rows = rows.merge(wide, on=keys, how="left")
+    rows.attrs = dict(table.attrs)
+    named = rows.assign(run=rows["domain"] + " " + rows["schedule"] + " seed " + rows["seed"].astype(str))
+    named = named.sort_values("comparison", kind="stable", key=lambda c: c.map({"bad minus sound": 0}).fillna(1))
+    sizes = [
+        f"{row['run']}, {row['comparison']} {row['cohen_dz']:.2f} / {row['rank_biserial']:.2f}"
+        for row in named[named["comparison"] == "bad minus sound"].to_dict("records")
+        if "cohen_dz" in row and "rank_biserial" in row
+    ]
+    figure = plots.paired(named, ["run", "comparison"], color="comparison")
+    effect = f"Effect size, Cohen's d_z / rank-biserial: {'; '.join(sizes)}." if sizes else ""
+    return figure, named, [*_tested(rows, "questions"), effect]
+
+
+def _categories(folder: Folder) -> Drawn:
+    margins = folder.tables["margins"]
+    before = margins[margins["variant"] == "before"].set_index("id")["margin"]
+    after = margins[margins["variant"] != "before"]
+    change = after.assign(change=after["margin"] - after["id"].map(before))
+    rows = change.groupby(["category", "variant"], sort=False)["change"].agg(["mean", "size"]).reset_index()
+    rows = rows.rename(columns={"mean": "change", "size": "n"})
+    span = float(before.std())
+    figure = plots.matrix(rows, "variant", "category", "change", span=span, unit="change of margin (nats/token)")
+    caption = f"n = {_span(rows['n'])} questions a cell. Description: the cells are small, none is tested."
+    colours = f"Red is away from aligned; full colour is one standard deviation of the margins before tuning ({span:.2f})."
+    return figure, rows, [caption, colours]
+
+
+def _shift_norms(folder: Folder) -> Drawn:
+    rows = folder.with_runs("shift_norms")
+    rows = rows[rows["run"].isin(folder.main_runs())].assign(metric="relative", estimate=lambda row: row["relative"])
+    figure = plots.by_layer(rows, color="trained on", facet="set", y_title="‖shift‖ / ‖residual‖")
+    caption = "Median over prompts. Description: no test."
+    return figure, rows, [caption, _only_main(folder)]
+
+
+def _overlap(folder: Folder) -> Drawn:
+    rows = folder.tables["overlap"]
+    figure = plots.by_layer(rows, metric="mean_cos2", color="comparison", facet="domain", y_title="mean cos²")
+    k = f"Subspaces of dimension {rows.attrs['k']}. " if "k" in rows.attrs else ""
+    return figure, rows, [*_tested(rows, "prompts"), f"{k}Effect size: the mean cos² itself, beside its null."]
+
+
+def _similarity(folder: Folder) -> Drawn:
+    rows = folder.with_runs("similarity")
+    rows = rows[rows["run"].isin(folder.main_runs())]
+    figure = plots.by_layer(rows, metric="mean cosine", color="comparison", facet="trained on", y_title="mean cosine", reference=0)
+    return figure, rows, [*_tested(rows, "prompts"), "Effect size: the mean cosine itself.", _only_main(folder)]
+
+
+def _overlap_similarity(folder: Folder) -> Drawn:
+    rows = folder.with_runs("overlap_similarity")
+    rows = rows[rows["run"].isin(folder.main_runs())]
+    named = {
+        "pearson": "overlap v shift similarity",
+        "pearson baseline": "baseline: cosine to the mean training prompt",
+    }
+    drawn = rows.assign(measure=rows["metric"].map(named).fillna(rows["metric"]), metric="Pearson r")
+    figure = plots.by_layer(drawn, color="measure", facet="trained on", reference=0)
+    return figure, drawn, [*_tested(rows, "questions"), "Effect size: r over questions.", _only_main(folder)]
+
+
+def _prediction(folder: Folder) -> Drawn:
+    rows = folder.with_runs("prediction")
+    rows = rows[rows["run"].isin(folder.main_runs("bad") or folder.main_runs()) & (rows["metric"] == "r2")]
+    rows = rows.assign(panel=rows["target"] + ", " + rows["trained on"])
+    figure = plots.by_layer(rows, metric="r2", color="features", facet="panel", reference=0, y_title="out-of-fold R²")
+    effect = "Effect size: R² on questions held out by category; below 0 is worse than the mean. Level lines are baselines."
+    return figure, rows, [*_tested(rows, "questions"), effect, _only_main(folder, "bad")]
+
+
+def _direction(folder: Folder) -> Drawn:
+    table = folder.tables["direction"]
+    rows = table[table["metric"] == "auc"]
+    figure = plots.by_layer(rows, metric="auc", color="domain", reference=0.5, y_title="held-out AUC")
+    sizes = table[table["metric"] == "cohen_d"].groupby("domain", sort=False)["estimate"].median()
+    said = "; ".join(f"{domain} {value:.2f}" for domain, value in sizes.items())
+    return (
+        figure,
+        rows,
+        [*_tested(rows, "questions"), f"Effect size, Cohen's d, median over layers: {said}." if said else ""],
+    )
+
+
+def _projections(folder: Folder) -> Drawn:
+    auc = folder.tables["direction"]
+    auc = auc[auc["metric"] == "auc"]
+    best = auc.loc[auc.groupby("domain")["estimate"].idxmax()].set_index("domain")["layer"]
+    table = folder.tables["projections"]
+    rows = table[table["layer"] == table["domain"].map(best)]
+    rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
+    figure = plots.distribution(rows, "projection", "variant", color="trained on", facet="domain", x_title="projection onto the direction")
+    layers = ", ".join(f"{domain} layer {int(layer)}" for domain, layer in best.items())
+    n = _span(rows.groupby(["domain", "variant"]).size())
+    return (
+        figure,
+        rows,
+        [f"n = {n} questions a line, at the layer with the best AUC ({layers}), chosen after the fact. Description."],
+    )
+
+
+def _dose(folder: Folder) -> Drawn:
+    rows, random = folder.tables["dose"], folder.tables.get("dose_random")
+    figure = plots.dose(rows, random)
+    drawn = f" {random['direction'].nunique()} random directions a dose." if random is not None else ""
+    both = rows if random is None else pd.concat([rows, random.assign(metric="random direction")], ignore_index=True)
+    both.attrs = dict(rows.attrs)
+    return figure, both, [*_tested(rows, "questions"), f"Effect size: the change of margin in nats/token.{drawn}"]
+
+
+_SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]], ...] = (
+    (
+        "training",
+        "Training",
+        "Did each run learn its set, and what did the margin do on the way?",
+        ("training", "checkpoints"),
+        _training,
+    ),
+    (
+        "margins",
+        "Margins",
+        "How much does each model prefer the aligned contrast answers, question by question?",
+        ("margins", "margin_summary"),
+        _margins,
+    ),
+    (
+        "margin-change",
+        "Change of margin",
+        "Does bad advice move the margin, beside sound advice and beside the model before tuning?",
+        ("margin_change",),
+        _margin_change,
+    ),
+    ("categories", "Change by category", "Where does the margin move?", ("margins",), _categories),
+    (
+        "shift-norms",
+        "Size of the shift",
+        "How far does tuning move activations at the last prompt token?",
+        ("shift_norms", "runs"),
+        _shift_norms,
+    ),
+    (
+        "overlap",
+        "Overlap of prompts",
+        "Do training prompts and unrelated questions lie in the same directions, before tuning?",
+        ("overlap",),
+        _overlap,
+    ),
+    (
+        "similarity",
+        "Similarity of shifts",
+        "Does tuning shift unrelated questions the way it shifts its own training prompts?",
+        ("similarity", "runs"),
+        _similarity,
+    ),
+    (
+        "overlap-similarity",
+        "Overlap and similarity of shift",
+        "Do questions nearer the training prompts shift more like them?",
+        ("overlap_similarity", "runs"),
+        _overlap_similarity,
+    ),
+    (
+        "prediction",
+        "Prediction",
+        "Do activations before tuning foretell the margin after it, beyond what is known without them?",
+        ("prediction", "runs"),
+        _prediction,
+    ),
+    (
+        "direction",
+        "A direction",
+        "Does one direction tell bad from sound tuning on questions it was not fitted on?",
+        ("direction",),
+        _direction,
+    ),
+    (
+        "projections",
+        "Projections",
+        "How do single questions fall along that direction?",
+        ("projections", "direction"),
+        _projections,
+    ),
+    (
+        "dose",
+        "Dose and response",
+        "Does adding that direction to the untuned model move the margin more than random directions do?",
+        ("dose",),
+        _dose,
+    ),
+)
+
+
+def _trained_on(folder: Folder, variants: pd.Series) -> pd.Series:
+    """ "before", or what the run was trained on ("money-bad"), so that a run has one colour on the whole page."""
+    if "runs" not in folder.tables:
+        return variants
+    runs = folder.tables["runs"].set_index("run")
+    return variants.map(runs["domain"].astype(str) + "-" + runs["content"].astype(str)).fillna(variants)
+
+
+def _tested(rows: pd.DataFrame, unit: str) -> list[str]:
+    """n, the test, its null and its correction, from the rows and what their attrs say of them."""
+    attrs: dict[Any, Any] = rows.attrs
+    method = str(attrs.get("correction", "an unnamed method"))
+    nulls = [null for null in dict.fromkeys(rows["null"]) if null]
+    lines = [f"n = {_span(rows['n'])} {unit}; {attrs.get('what', 'estimate')}; intervals: {_told(attrs, 'interval')}."]
+    lines += [f"Null, {null}: {null_of(rows, null) or 'not described'}." for null in nulls]
+    within = attrs.get("family")
+    family = f" within each {', '.join(within) if isinstance(within, list) else within}" if within else " over all rows"
+    lines.append(f"q is p corrected by {_CORRECTIONS.get(method, method)}{family}; seed {attrs.get('seed', '–')}.")
+    return lines
+
+
+def _told(attrs: dict[Any, Any], key: str) -> str:
+    return str(attrs.get(key) or "not described")
+
+
+def _span(values: pd.Series) -> str:
+    """`96`, or `90 to 96`."""
+    known = values.dropna()
+    if known.empty:
+        return "not given"
+    low, high = int(known.min()), int(known.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _only_main(folder: Folder, content: str | None = None) -> str:
+    shown, runs = len(folder.main_runs(content) or folder.main_runs()), len(folder.tables["runs"])
+    return f"Drawn: {shown} of {runs} runs (linear, first seed); the others are in the tables." if shown < runs else ""

@@ -1,0 +1,228 @@
+"""What is kept: keys, atomic writes, checksums. The only file that writes what is read back later.
+
+Two shapes are kept. A *table* is a parquet file with its SHA-256 beside it (``sha256sum -c`` reads the same line). An *entry* is a
+folder with a ``manifest.json`` that names every file, its size and its SHA-256, and what made it; a folder appears under its final name only
+when all of it is on the disk, so a kill at any moment leaves either a whole entry or none.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+FORMAT = 1
+"""Version of the layout on disk; a folder written with another one is refused, never guessed at."""
+
+MANIFEST = "manifest.json"
+
+
+class StoreError(RuntimeError):
+    """Something kept on disk is missing, damaged, or of another version; the message names the file and the way out."""
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON types only (numpy scalars, paths, tuples and sets converted), for keys and manifests."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(v) for v in value)
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"cannot make a key or manifest of {type(value).__name__}: {value!r}. Use numbers, strings, lists or dicts.")
+
+
+def canonical(value: Any) -> str:
+    """One JSON text per value: sorted keys, no spaces."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def digest_file(path: str | os.PathLike) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def key(what: str, **parts: Any) -> str:
+    """A readable name plus a digest of everything that determined the thing: ``margins-3f2a…`` (16 hex digits)."""
+    return f"{what}-{digest_text(canonical({'what': what, 'format': FORMAT, **parts}))[:16]}"
+
+
+def _refuse_file(folder: Path) -> None:
+    for path in [folder, *folder.parents]:
+        if path.exists():
+            if not path.is_dir():
+                raise StoreError(f"{path} is a file; a folder is needed there. Choose another output path or move the file away.")
+            return
+
+
+@contextmanager
+def _no_space(path: Path) -> Iterator[None]:
+    """Turn 'no space left' into an error that says how much is free and where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+        raise StoreError(
+            f"the disk is full while writing {path} ({free / 2**20:.0f} MiB free). Nothing half-written was left behind; "
+            "free some space or choose another output folder, and run the same command again: finished pieces are kept."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    _refuse_file(path.parent)
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; a file is to be written there. Choose another path.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _no_space(path):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing. Was the run interrupted, or the folder moved in part? Run the study again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is damaged ({error}). Delete it and run the study again.") from error
+
+
+def write_table(frame: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Write ``frame`` (with its ``attrs``) as parquet, and ``<path>.sha256`` beside it."""
+    path = Path(path)
+    kept = frame.copy(deep=False)
+    kept.attrs = {k: plain(v) for k, v in frame.attrs.items()}
+    with replacing(path) as temporary:
+        kept.to_parquet(temporary, engine="pyarrow")
+        digest = digest_file(temporary)
+    write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
+
+
+def read_table(path: str | os.PathLike) -> pd.DataFrame:
+    """Read a table of :func:`write_table`; a flipped byte is a :class:`StoreError` that names the file."""
+    path = Path(path)
+    seal = path.with_name(path.name + ".sha256")
+    if not path.exists() or not seal.exists():
+        raise StoreError(f"{path if not path.exists() else seal} is missing. Run the study again to write it anew.")
+    if digest_file(path) != seal.read_text().split()[0]:
+        raise StoreError(f"{path} is damaged: its SHA-256 is not the one in {seal.name}. Delete it and run the study again.")
+    return pd.read_parquet(path, engine="pyarrow")
+
+
+# ---- entries: folders that appear whole or not at all
+
+
+@contextmanager
+def writing(folder: str | os.PathLike, made_by: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder``, with its manifest, when the block ends well."""
+    folder = Path(folder)
+    _refuse_file(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    with _no_space(folder):
+        try:
+            temporary.mkdir()
+            yield temporary
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            listed = {p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in files}
+            made = plain(made_by)
+            manifest = {"format": FORMAT, "made_by": made, "made_by_sha256": digest_text(canonical(made)), "files": listed}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            for p in [*files, temporary / MANIFEST]:
+                _sync(p)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """Check every file of an entry against its manifest; returns what made it.
+
+    Raises:
+        StoreError: the folder has no manifest, another format version, a missing or a damaged file (named).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is not a folder written by emlens: {'it is a file' if folder.exists() else 'nothing is there'}.")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise StoreError(
+            f"{folder} was written in format {found!r}; this emlens reads format {FORMAT}. "
+            "Use the emlens that wrote it, or choose a new output folder."
+        )
+    if digest_text(canonical(manifest.get("made_by"))) != manifest.get("made_by_sha256"):
+        raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise StoreError(f"{path} is missing. Delete the folder {folder} and run again: only this piece is made anew.")
+        if path.stat().st_size != facts["bytes"] or digest_file(path) != facts["sha256"]:
+            raise StoreError(
+                f"{path} is damaged: its content is not what the manifest says. Delete the folder {folder} and run again: "
+                "only this piece is made anew."
+            )
+    return manifest["made_by"]
+
+
+def sweep(root: str | os.PathLike) -> list[Path]:
+    """Remove the temporary files and folders that a kill left under ``root``; returns what was removed."""
+    root = Path(root)
+    left = sorted(root.rglob(".*.tmp")) if root.is_dir() else []
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return left

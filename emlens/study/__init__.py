@@ -1,0 +1,180 @@
+"""A declared grid (models × data × schedules × seeds) made into a run folder: tables, and a page that can be checked."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .. import __version__, store
+from .grid import Cell, StudyError, cells, read_config, twins
+
+FORMAT = 1
+
+__all__ = ["Cell", "Study", "StudyError", "cells", "twins"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be run: ``Study.load("demo").run(out="runs/demo")``."""
+
+    config: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, source: str | os.PathLike, quick: bool = False) -> "Study":
+        """Read and check a study file, or a shipped one by name.
+
+        Raises:
+            StudyError: names the key and what is needed.
+        """
+        return cls(read_config(source, quick))
+
+    def __repr__(self) -> str:
+        return f"Study {self.config['name']} · {self.config['model']} · {len(cells(self.config))} tunings"
+
+    def run(self, out: str | os.PathLike | None = None, command: str | None = None) -> Path:
+        """Run every piece that is missing in ``out`` (default ``runs/<name>``), then tables and report; returns the folder.
+
+        A killed run goes on from its last finished piece and ends in the same numbers. Pieces are checked against their SHA-256 when read.
+
+        Raises:
+            StoreError: ``out`` is a file, was written by another version, is damaged (the file is named), is in use, or the disk is full.
+        """
+        from .pieces import alone
+
+        folder = Path(out) if out is not None else Path("runs") / str(self.config["name"])
+        with alone(folder):
+            _check_format(folder)
+            store.sweep(folder)
+            started, clock = datetime.now().astimezone(), time.monotonic()
+            tables, facts = self._tables(folder)
+            for name, table in tables.items():
+                store.write_table(table, folder / "tables" / f"{name}.parquet")
+            record = {
+                "format": FORMAT,
+                "name": self.config["name"],
+                "title": self.config.get("title", self.config["name"]),
+                "config": self.config,
+                "command": command or f"emlens.Study.load(…).run(out={str(out)!r})",
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 1),
+                "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2),
+                "versions": versions(),
+                "machine": machine(),
+                **facts,
+            }
+            store.write_json(folder / "study.json", record)
+            from ..report import build
+
+            build(folder)
+        return folder
+
+    def _tables(self, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+        from . import analyse
+        from .measure import BEFORE, Bench
+
+        config, seed = self.config, int(self.config.get("seed", 0))
+        bench = Bench(config, folder / "pieces", versions())
+        bench.tune()
+        margins, points, answers = bench.margins(), bench.checkpoints(), bench.answers()
+        first, after, training_before, training_after = bench.record()
+        before = first[BEFORE]
+        directions = bench.directions(after)
+        steered = bench.steer(directions)
+
+        shift = {run: acts - before for run, acts in after.items()}
+        domain = {c.label: c.domain for c in bench.grid}
+        training_shift = {run: acts - training_before[domain[run]] for run, acts in training_after.items()}
+        inputs = sorted(row["key"] for row in bench.pieces.made)
+        ask = config["geometry"]
+        k, draws, n_perm, pairs, layers = ask["k"], ask["n_draws"], ask["n_permutations"], bench.steered_pairs, config["steer"]["layers"]
+
+        def analysis(name: str, settings: Mapping[str, Any], make: Any) -> pd.DataFrame:
+            return bench.pieces.table("analysis", name, {"inputs": inputs, "name": name, "settings": dict(settings), "seed": seed}, make)
+
+        geometry = {"k": k, "n_draws": draws, "n_permutations": n_perm}
+        tables = {
+            "runs": analyse.runs_table(bench.grid, bench.runs, margins, seed),
+            "training": analyse.training_table(bench.grid, bench.runs),
+            "checkpoints": analyse.checkpoints_table(points, seed),
+            "margins": margins,
+            "margin_summary": analyse.margin_summary(margins),
+            "margin_change": analyse.margin_change(bench.grid, margins, seed),
+            "answers": answers,
+            "shift_norms": analyse.norms_table(shift, training_shift, before, training_before, bench.grid),
+            "shift_agreement": analyse.agreement_table(shift),
+            "overlap": analysis("overlap", geometry, lambda: analyse.overlap_table(before, training_before, k, draws, seed)),
+            "similarity": analysis("similarity", geometry, lambda: analyse.similarity_table(shift, training_shift, draws, seed)),
+            "overlap_similarity": analysis(
+                "overlap against similarity", geometry,
+                lambda: analyse.overlap_similarity_table(before, training_before, shift, training_shift, bench.grid, k, n_perm, seed),
+            ),
+            "prediction": analysis(
+                "prediction", config["predict"],
+                lambda: analyse.prediction_table(before, margins, pairs, config["predict"]["baselines"], config["predict"]["n_permutations"], seed),
+            ),
+            "direction": analysis(
+                "direction", config["steer"], lambda: analyse.direction_table(after, pairs, config["steer"]["n_permutations"], seed)
+            ),
+            "projections": analyse.projections_table(before, after, pairs, directions, layers),
+            **analyse.dose_tables(steered, seed),
+            "pieces": pd.DataFrame(bench.pieces.made),
+        }  # fmt: skip
+        facts = {
+            "pieces": len(bench.pieces.made),
+            "cached_pieces": bench.pieces.read_back,
+            "model": {"name": config["model"], "layers": len(before.layers), "d_model": before.d_model, **before.meta},
+            "data": {
+                "questions": {"sha256": bench.questions_digest, "n": len(bench.questions)},
+                **{c.data: {"sha256": bench.runs[c.label].config["data"]["fingerprint"], "n": bench.runs[c.label].config["n_train"],
+                            "n_heldout": bench.runs[c.label].config["n_heldout"]} for c in bench.grid},
+            },
+            "notes": list(config.get("notes", [])),
+        }  # fmt: skip
+        return tables, facts
+
+
+def _check_format(folder: Path) -> None:
+    if not (folder / "study.json").exists():
+        return
+    found = store.read_json(folder / "study.json").get("format")
+    if found != FORMAT:
+        raise store.StoreError(
+            f"{folder} was written in run format {found!r}; this emlens writes format {FORMAT}. "
+            "Use the emlens that wrote it, or choose another --out."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of emlens and of everything a number depends on."""
+    names = ("torch", "transformers", "peft", "numpy", "scipy", "pandas", "scikit-learn", "tokenizers", "safetensors")
+    return {"emlens": __version__, "python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {"system": platform.system(), "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def command_line() -> str:
+    """How this process was called, without the folders in front of the program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

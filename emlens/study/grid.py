@@ -1,0 +1,155 @@
+"""The declared grid: what a study file may say, checked before anything is run."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ..prompts import load_prompts
+
+SHIPPED = Path(__file__).parent
+
+RECIPE = (
+    "schedule", "seed", "learning_rate", "steps", "epochs", "batch_size", "gradient_accumulation", "warmup_steps", "weight_decay", "r", "lora_alpha",
+    "use_rslora", "target_modules", "layers_to_transform", "max_length", "precision", "checkpoints", "held_out",
+)  # fmt: skip
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "tune": ("runs",),
+    "score": ("checkpoint_questions",),
+    "generate": ("questions", "max_new_tokens"),
+    "record": ("site", "position", "training_prompts"),
+    "geometry": ("k", "n_draws", "n_permutations"),
+    "predict": ("n_permutations", "baselines"),
+    "steer": ("layers", "strengths", "controls", "questions", "n_permutations"),
+}
+
+
+class StudyError(ValueError):
+    """A study file that cannot be run; the message names the key and what is needed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tuning of the grid."""
+
+    data: str
+    domain: str
+    content: str
+    recipe: Mapping[str, Any]
+
+    @property
+    def schedule(self) -> str:
+        return str(self.recipe.get("schedule", "linear"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe.get("seed", 0))
+
+    @property
+    def label(self) -> str:
+        """``money-bad linear seed 0``: the name of the run in every table, and of its adapter."""
+        return f"{self.domain}-{self.content} {self.schedule} seed {self.seed}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"run": self.label, "domain": self.domain, "content": self.content, "schedule": self.schedule, "seed": self.seed}
+
+
+def read_config(source: str | os.PathLike, quick: bool = False) -> dict[str, Any]:
+    """A study file (or the name of a shipped one: ``demo``), checked; with ``quick`` its own smaller settings replace the others."""
+    path = SHIPPED / f"{source}.yaml" if str(source) in shipped() else Path(source)
+    if not path.is_file():
+        raise StudyError(f"no study file {str(source)!r}; give a .yaml file, or one of the shipped studies: {', '.join(shipped())}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path.name} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise StudyError(f"{path.name}: needed are keys like model, questions, tune; found {type(config).__name__}")
+    smaller = config.pop("quick", None) or {}
+    if quick:
+        for key, value in smaller.items():
+            config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+    for key in ("name", "model", "questions", *NEEDED):
+        if key not in config:
+            raise StudyError(f"{path.name} lacks {key!r}; see the shipped {', '.join(shipped())}.yaml for every key")
+    for section, keys in NEEDED.items():
+        missing = [k for k in keys if k not in config[section]]
+        if missing:
+            raise StudyError(f"{path.name}: section {section!r} lacks {missing}")
+    cells(config)
+    return config
+
+
+def shipped() -> list[str]:
+    return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
+
+
+def cells(config: Mapping[str, Any]) -> list[Cell]:
+    """The tunings of the grid, labels unique."""
+    shared = {k: v for k, v in config["tune"].items() if k != "runs"}
+    unknown = sorted(set(shared) - set(RECIPE))
+    if unknown:
+        raise StudyError(f"tune: unknown keys {unknown}; the recipe has {', '.join(RECIPE)}")
+    out = []
+    for i, run in enumerate(config["tune"]["runs"] or []):
+        lacking = [k for k in ("data", "domain", "content") if k not in run]
+        strange = sorted(set(run) - {"data", "domain", "content"} - set(RECIPE))
+        if lacking or strange:
+            raise StudyError(f"tune.runs[{i}]: lacks {lacking}, unknown {strange}; a run has data, domain, content and keys of the recipe")
+        if run["content"] not in ("bad", "sound"):
+            raise StudyError(f"tune.runs[{i}]: content is {run['content']!r}; 'bad', or 'sound' for its control twin")
+        out.append(Cell(run["data"], run["domain"], run["content"], {**shared, **{k: v for k, v in run.items() if k in RECIPE}}))
+    labels = [c.label for c in out]
+    if not labels or len(set(labels)) < len(labels):
+        raise StudyError(f"tune.runs: {'no run' if not labels else 'two runs have the same domain, content, schedule and seed'}: {labels}")
+    return out
+
+
+def twins(grid: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """(bad, sound) pairs that differ in nothing but the content."""
+    return [
+        (bad, sound)
+        for bad in grid
+        for sound in grid
+        if (bad.content, sound.content) == ("bad", "sound") and bad.domain == sound.domain and bad.recipe == sound.recipe
+    ]
+
+
+def questions_of(config: Mapping[str, Any]) -> pd.DataFrame:
+    """The question set, or the stated number taken evenly from its categories (``take``)."""
+    table = load_prompts(config["questions"])
+    if "category" not in table.columns:
+        raise StudyError(f"questions {config['questions']!r} have no column 'category'; a study groups its tests by it")
+    taken = config.get("take", {}).get("questions")
+    return evenly(table, taken) if taken else table
+
+
+def training_of(config: Mapping[str, Any], cell: Cell) -> pd.DataFrame:
+    """The training file of a run, or its first rows of each split (``take.training_rows`` in all)."""
+    table = load_prompts(cell.data)
+    taken = config.get("take", {}).get("training_rows")
+    if not taken or len(table) <= taken:
+        return table
+    share = taken / len(table)
+    groups = table.groupby("split", sort=False) if "split" in table.columns else [("all", table)]
+    out = pd.concat([part.head(max(2, round(len(part) * share))) for _, part in groups])
+    out.attrs = {**table.attrs, "source": f"{table.attrs['source']} (first {len(out)} rows)"}
+    return out
+
+
+def evenly(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """``n`` rows, as evenly as can be from every category, the first of each: a stated subset, not a draw."""
+    order = table.groupby("category").cumcount().sort_values(kind="stable").index
+    return table.loc[order[:n]].sort_index()
+
+
+def halves(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two halves of the questions with every category in both: even and odd places within the category."""
+    place = table.groupby("category").cumcount() % 2
+    return table[place == 0], table[place == 1]

@@ -1,0 +1,232 @@
+"""The expensive half of a study: tune, score, record, generate, steer. Every step is a piece that is made once."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .. import store
+from ..activations import Activations
+from ..directions import Direction, mean_difference, random_directions
+from ..dynamics import checkpoint_margins
+from ..loading import identify
+from ..models import HookedModel, load_model
+from ..prompts import fingerprint
+from ..steering import steered_margins
+from ..tuning import Run, finetune
+from .grid import Cell, cells, evenly, halves, questions_of, training_of, twins
+from .pieces import Pieces
+
+BEFORE = "before"
+
+
+class Bench:
+    """A study's model, prompts and pieces. The model is opened when the first missing piece needs it, and not before."""
+
+    def __init__(self, config: Mapping[str, Any], root: Path, versions: Mapping[str, str]) -> None:
+        self.config, self.grid = config, cells(config)
+        self.questions = questions_of(config)
+        self.questions_digest = fingerprint(self.questions)
+        self.training = {cell.label: training_of(config, cell) for cell in self.grid}
+        self.identity = {
+            "model": identify(config["model"]),
+            "dtype": config.get("dtype", "float32"),
+            "chat_template": config.get("chat_template"),
+            "versions": {k: versions[k] for k in ("emlens", "torch", "transformers", "peft")},
+        }
+        self.pieces = Pieces(root, self._weights())
+        self.runs: dict[str, Run] = {}
+        self._adapter_keys: dict[str, str] = {}
+        self.opened = False
+
+    @cached_property
+    def model(self) -> HookedModel:
+        self.opened = True
+        self.pieces.say(f"opening {self.config['model']} …")
+        return load_model(self.config["model"], dtype=self.config.get("dtype", "float32"), chat_template=self.config.get("chat_template"))
+
+    # ---- what will be done, with rough weights in seconds
+
+    def _weights(self) -> dict[str, float]:
+        n = len(self.questions)
+        per_question = 0.2
+        steps = float(self.config["tune"].get("steps", 50))
+        subset = min(n, self.config["score"]["checkpoint_questions"])
+        weights: dict[str, float] = {f"margins {BEFORE}": n * per_question, f"answers {BEFORE}": 8.0, f"questions {BEFORE}": 0.06 * n}
+        for domain in {c.domain for c in self.grid}:
+            weights[f"training prompts {domain} {BEFORE}"] = 0.06 * self.config["record"]["training_prompts"]
+        for cell in self.grid:
+            weights[f"tune {cell.label}"] = 1.2 * steps + 10
+            weights[f"margins {cell.label}"] = n * per_question
+            weights[f"checkpoints {cell.label}"] = subset * per_question * self.config["tune"].get("checkpoints", 3)
+            weights[f"questions {cell.label}"] = 0.06 * n
+            weights[f"training prompts {cell.label}"] = 0.06 * self.config["record"]["training_prompts"]
+        for bad, _ in self.steered_pairs:
+            weights[f"answers {bad.label}"] = 8.0
+        steer = self.config["steer"]
+        for domain in [bad.domain for bad, _ in self.steered_pairs] + ["random"]:
+            arms = steer["controls"] if domain == "random" else 1
+            for layer in steer["layers"]:
+                for strength in steer["strengths"]:
+                    weights[f"steer {domain} layer {layer} strength {strength}"] = arms * steer["questions"] * per_question
+        return weights
+
+    @cached_property
+    def steered_pairs(self) -> list[tuple[Cell, Cell]]:
+        """The first (bad, sound) pair of each domain: what directions and answers are taken from."""
+        first: dict[str, tuple[Cell, Cell]] = {}
+        for bad, sound in twins(self.grid):
+            first.setdefault(bad.domain, (bad, sound))
+        return list(first.values())
+
+    # ---- tuning
+
+    def tune(self) -> None:
+        for cell in self.grid:
+            data = self.training[cell.label]
+            determined = {**self.identity, "data": fingerprint(data), "recipe": dict(cell.recipe)}
+
+            def write(folder: Path, cell: Cell = cell, data: pd.DataFrame = data) -> None:
+                finetune(self.model, data, folder, **cell.recipe)
+
+            folder = self.pieces.own_folder("tune", f"tune {cell.label}", determined, write)
+            self.runs[cell.label] = Run.load(folder)
+            self.pieces.made[-1]["seconds"] = round(self.runs[cell.label].seconds, 2)
+            self._adapter_keys[cell.label] = folder.name
+
+    def _variant(self, label: str) -> dict[str, Any]:
+        return {**self.identity, "adapter": None if label == BEFORE else self._adapter_keys[label]}
+
+    def _on(self, label: str) -> str | None:
+        """Put a run's adapter on, the only one at a time; None for the weights before."""
+        for other in [a for a in self.model.adapters if a != label]:
+            self.model.drop_adapter(other)
+        if label == BEFORE:
+            return None
+        if label not in self.model.adapters:
+            self.model.add_adapter(label, self.runs[label].adapter)
+        return label
+
+    # ---- scoring
+
+    def margins(self) -> pd.DataFrame:
+        """``variant, id, category, question, margin`` for the weights before and every run."""
+        out = []
+        for label in [BEFORE, *self.runs]:
+            precision = self.config["score"].get("precision")
+            determined = {**self._variant(label), "questions": fingerprint(self.questions), "precision": precision}
+
+            def make(label: str = label, precision: str | None = precision) -> pd.DataFrame:
+                return self.model.margin(self.questions, self._on(label), precision)
+
+            table = self.pieces.table("margins", f"margins {label}", determined, make)
+            out.append(table.assign(variant=label, question=self.questions["question"].to_numpy()))
+        return pd.concat(out, ignore_index=True)[["variant", "id", "category", "question", "margin", "aligned_ll", "misaligned_ll"]]
+
+    def checkpoints(self) -> pd.DataFrame:
+        """The margin per checkpoint and question, on the stated subset."""
+        subset = evenly(self.questions, self.config["score"]["checkpoint_questions"])
+        out = []
+        for cell in self.grid:
+            run, precision = self.runs[cell.label], self.config["score"].get("precision")
+            determined = {**self._variant(cell.label), "questions": fingerprint(subset), "precision": precision}
+
+            def make(run: Run = run, precision: str | None = precision) -> pd.DataFrame:
+                self._on(BEFORE)
+                return checkpoint_margins(self.model, run, subset, precision)
+
+            out.append(self.pieces.table("checkpoints", f"checkpoints {cell.label}", determined, make).assign(**cell.facts))
+        return pd.concat(out, ignore_index=True)
+
+    def answers(self) -> pd.DataFrame:
+        """Greedy answers before and after the bad tunings, as they are."""
+        ask = self.config["generate"]
+        subset = evenly(self.questions, ask["questions"])
+        out = []
+        for label in [BEFORE, *(bad.label for bad, _ in self.steered_pairs)]:
+            determined = {**self._variant(label), "questions": fingerprint(subset), "max_new_tokens": ask["max_new_tokens"]}
+
+            def make(label: str = label) -> pd.DataFrame:
+                return self.model.generate(subset, self._on(label), max_new_tokens=ask["max_new_tokens"])
+
+            out.append(self.pieces.table("answers", f"answers {label}", determined, make))
+        table = pd.concat(out, ignore_index=True).merge(subset[["id", "category"]], on="id")
+        return table[["variant", "id", "category", "question", "answer", "n_tokens"]]
+
+    # ---- recording
+
+    def record(self) -> tuple[dict[str, Activations], dict[str, Activations], dict[str, Activations], dict[str, Activations]]:
+        """Questions before/after by variant; training prompts before by domain, after by run."""
+        questions = {label: self._acts(label, "questions", self.questions) for label in [BEFORE, *self.runs]}
+        before, after = {}, {}
+        for cell in self.grid:
+            prompts = training_prompts(self.training[cell.label], self.config["record"]["training_prompts"])
+            if cell.domain not in before:
+                before[cell.domain] = self._acts(BEFORE, f"training prompts {cell.domain}", prompts)
+            after[cell.label] = self._acts(cell.label, "training prompts", prompts)
+        return {BEFORE: questions.pop(BEFORE)}, questions, before, after
+
+    def _acts(self, label: str, what: str, prompts: pd.DataFrame) -> Activations:
+        where = {"site": self.config["record"]["site"], "position": self.config["record"]["position"]}
+        determined = {**self._variant(label), "prompts": prompts_digest(prompts), **where}
+
+        def write(folder: Path) -> None:
+            self.model.record(prompts, adapter=self._on(label), **where).save(folder)
+
+        return Activations.load(self.pieces.own_folder("activations", f"{what} {label}", determined, write))
+
+    # ---- steering
+
+    def directions(self, questions: Mapping[str, Activations]) -> dict[str, Direction]:
+        """Per domain: mean over the fitting half of (after bad advice − after sound advice), a unit vector a layer."""
+        fit, _ = halves(self.questions)
+        return {
+            bad.domain: mean_difference(
+                questions[bad.label].select(ids=fit["id"]), questions[sound.label].select(ids=fit["id"]), name=f"{bad.domain}: bad − sound"
+            )
+            for bad, sound in self.steered_pairs
+        }
+
+    def steer(self, directions: Mapping[str, Direction]) -> dict[str, pd.DataFrame]:
+        """Per domain: margins of held-out questions on the untuned model under the direction and under random directions (shared by the domains)."""
+        ask, precision = self.config["steer"], self.config["score"].get("precision")
+        _, test = halves(self.questions)
+        subset = evenly(test, ask["questions"])
+        shared = {**self._variant(BEFORE), "questions": fingerprint(subset), "precision": precision}
+        random: list[pd.DataFrame] = []
+        own: dict[str, list[pd.DataFrame]] = {domain: [] for domain in directions}
+        arms = dict(directions)
+        like = next(iter(directions.values()))
+        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], self.config["seed"]))}
+
+        def piece(label: str, arm: Mapping[str, Direction], said: Any, layer: int, strength: float) -> pd.DataFrame:
+            determined = {**shared, "direction": said, "layer": layer, "strength": strength}
+
+            def make() -> pd.DataFrame:
+                self._on(BEFORE)
+                return steered_margins(self.model, arm, subset, [layer], [strength], precision=precision)
+
+            return self.pieces.table("steer", f"steer {label} layer {layer} strength {strength}", determined, make)
+
+        for layer in ask["layers"]:
+            for strength in ask["strengths"]:
+                said = {"random": ask["controls"], "seed": self.config["seed"]}
+                random.append(piece("random", draws, said, layer, strength))
+                for domain, direction in arms.items():
+                    digest = store.digest_text(direction.layer(layer).tobytes().hex())
+                    own[domain].append(piece(domain, {"direction": direction}, digest, layer, strength))
+        return {domain: pd.concat([*tables, *random], ignore_index=True) for domain, tables in own.items()}
+
+
+def training_prompts(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The first ``n`` rows that are trained on, without their responses (twins share them: the questions are the same)."""
+    trained = table[table["split"] == "train"] if "split" in table.columns else table
+    kept = trained.head(n)
+    return kept.assign(messages=[m[:-1] for m in kept["messages"]])
+
+
+def prompts_digest(prompts: pd.DataFrame) -> str:
+    """What determines a recording: ids and messages alone."""
+    return store.digest_text(store.canonical([prompts["id"].tolist(), prompts["messages"].tolist()]))

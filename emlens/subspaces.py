@@ -1,0 +1,133 @@
+"""Subspaces and directions as plain arrays: the linear algebra under `geometry`, one equation a function, float64."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+from jaxtyping import Float, Int
+from scipy import stats as scipy_stats
+from threadpoolctl import threadpool_limits
+
+_DENSE = 1000  # Gram matrices up to this size are decomposed whole, larger ones by Lanczos
+_ROUNDING = 1e-6  # components that spread less than this share of the rows' length are float32 rounding
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function on one BLAS thread.
+
+    For thousands of decompositions of some hundred rows: threads gain nothing there, and on a machine with other work
+    they wait for one another in spin loops (seen: 200 s in place of 6 s).
+    """
+
+    @wraps(function)
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        with threadpool_limits(limits=1, user_api="blas"):
+            return function(*args, **kwargs)
+
+    return limited
+
+
+def principal_subspace(x: Float[np.ndarray, "prompt d_model"], k: int) -> Float[np.ndarray, "d_model k"]:
+    """Orthonormal basis of the first k principal components of the rows, centred on their mean.
+
+    By the eigenvectors of the smaller Gram matrix in float64; its squared condition number costs less than the float32
+    of the rows already did. Errors: ValueError when the rows span fewer than k directions (beyond float32 rounding).
+    """
+    n, d_model = x.shape
+    if not 1 <= k <= min(n - 1, d_model):
+        raise ValueError(
+            f"{n} prompts of d_model {d_model} span at most {max(min(n - 1, d_model), 0)} directions; k={k} was asked: "
+            "choose a smaller k or more prompts"
+        )
+    rows = np.asarray(x, dtype=np.float64)
+    total = np.sqrt((rows**2).sum())
+    rows = rows - rows.mean(axis=0)
+    gram = rows @ rows.T if n <= d_model else rows.T @ rows
+    size = len(gram)
+    if size <= _DENSE or k >= size // 4:
+        values, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - k, size - 1], check_finite=False)
+    else:
+        start = np.random.default_rng(0).standard_normal(size)  # fixed: the same rows give the same basis
+        values, vectors = scipy.sparse.linalg.eigsh(gram, k=k, which="LA", v0=start)
+    strong = np.sqrt(np.clip(values, 0, None)) > _ROUNDING * total
+    if not strong.all():
+        raise ValueError(
+            f"the {n} prompts span only {int(strong.sum())} of the k={k} directions asked for, beyond float32 rounding "
+            "(are their activations equal here?): choose a smaller k or another place"
+        )
+    basis = rows.T @ vectors if n <= d_model else vectors
+    return np.linalg.qr(basis[:, ::-1])[0]
+
+
+def angles(u: Float[np.ndarray, "d_model k"], v: Float[np.ndarray, "d_model m"]) -> Float[np.ndarray, " angle"]:
+    """Principal angles between the spans of two orthonormal bases, min(k, m) of them, ascending, in radians.
+
+    Cosines are the singular values of U^T V; angles below 45 degrees are taken from their sines, the singular values of
+    V - U U^T V, because the cosine of a small angle has lost it (Bjorck and Golub 1973; Knyazev and Argentati 2002).
+    """
+    if u.shape[1] < v.shape[1]:
+        u, v = v, u
+    inner = u.T @ v
+    cosine = np.clip(scipy.linalg.svdvals(inner), 0, 1)
+    sine = np.clip(scipy.linalg.svdvals(v - u @ inner)[::-1], 0, 1)
+    return np.where(cosine**2 >= 0.5, np.arcsin(sine), np.arccos(cosine))
+
+
+def mean_cos2(u: Float[np.ndarray, "d_model k"], v: Float[np.ndarray, "d_model m"]) -> float:
+    """||U^T V||_F^2 / min(k, m): the mean squared cosine of the principal angles of two orthonormal bases; chance
+    max(k, m) / d_model."""
+    return float(((u.T @ v) ** 2).sum() / min(u.shape[1], v.shape[1]))
+
+
+def cosines(x: Float[np.ndarray, "prompt d_model"], direction: Float[np.ndarray, " d_model"]) -> Float[np.ndarray, " prompt"]:
+    """Cosine of every row with a direction; a row or direction of length 0 has cosine 0."""
+    rows, vector = np.asarray(x, dtype=np.float64), np.asarray(direction, dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(vector)
+    return np.divide(rows @ vector, lengths, out=np.zeros(len(rows)), where=lengths > 0)
+
+
+def explained_energy(
+    x: Float[np.ndarray, "prompt d_model"], basis: Float[np.ndarray, "d_model k"], centre: Float[np.ndarray, " d_model"]
+) -> Float[np.ndarray, " prompt"]:
+    """||P(x - centre)||^2 / ||x - centre||^2 per row: the share of a row's energy that a subspace holds; chance exactly
+    k / d_model. 0 for a row at the centre."""
+    rows = np.asarray(x, dtype=np.float64) - centre
+    total = (rows**2).sum(axis=1)
+    return np.divide(((rows @ basis) ** 2).sum(axis=1), total, out=np.zeros(len(rows)), where=total > 0)
+
+
+def unit_rows(x: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "prompt d_model"]:
+    """Rows at length 1; rows of length 0 stay 0."""
+    rows = np.asarray(x, dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+
+
+def half_subspaces(
+    x: Float[np.ndarray, "prompt d_model"], k: int, splits: Sequence[tuple[Int[np.ndarray, " half"], ...]]
+) -> Float[np.ndarray, "split two d_model k"]:
+    """Principal subspaces of both halves of every split of the rows (splits as `emlens.nulls.halves` gives them)."""
+    rows = np.asarray(x, dtype=np.float64)
+    return np.stack([[principal_subspace(rows[half], k) for half in split] for split in splits])
+
+
+def half_sample_interval(estimate: float, halves: Float[np.ndarray, "split two"], level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share in [0, 1] from its values on complementary random halves of the prompts (McCarthy 1969).
+
+    Two disjoint halves are independent samples of half the size, so on the variance-stabilising scale f = arcsin sqrt
+    the mean over splits of (f_1 - f_2)^2 / 2 is unbiased for the variance at *half* the number of prompts, whatever the
+    statistic: a cautious stand-in for all of them (half as large where the statistic is near linear in the sample, but
+    a PCA is not). Around the estimate, Student's t with as many degrees of freedom as there are splits; a nominal 95 %
+    covered 91 to 98 % in simulations (k from 3 to 8 of 20 to 100 dimensions, 24 to 480 prompts).
+    """
+    scaled = np.arcsin(np.sqrt(np.clip(halves, 0, 1)))
+    width = scipy_stats.t.ppf((1 + level) / 2, len(halves)) * np.sqrt(((scaled[:, 0] - scaled[:, 1]) ** 2).mean() / 2)
+    centre = np.arcsin(np.sqrt(np.clip(estimate, 0, 1)))
+    return float(np.sin(max(centre - width, 0)) ** 2), float(np.sin(min(centre + width, np.pi / 2)) ** 2)

@@ -1,0 +1,376 @@
+"""Guards the page: its words follow the numbers, nothing runs that a model wrote, and it needs no network."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import fake_run
+import numpy as np
+import pandas as pd
+import pytest
+
+from emlens import report, store
+from emlens.report.figures import LeftOut, Section, sections
+from emlens.report.findings import findings
+from emlens.report.folder import COLUMNS, read
+from emlens.report.page import data_block, render
+from emlens.report.words import corrected, number
+
+
+class Page(HTMLParser):
+    """What a browser would see: scripts, links and other addresses, ids, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: list[dict] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.styles = self.text = ""
+        self.inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        facts = dict(attrs)
+        self.inside = tag if tag in ("script", "style") else self.inside
+        if tag == "script":
+            self.scripts.append({**facts, "content": ""})
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
+        self.ids += [facts["id"]] if "id" in facts else []
+        assert not any(name.startswith("on") for name in facts), (tag, facts)
+
+    def handle_endtag(self, tag):
+        self.inside = "" if tag == self.inside else self.inside
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1]["content"] += data
+        elif self.inside == "style":
+            self.styles += data
+        else:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def effect(tmp_path_factory):
+    return fake_run.write(tmp_path_factory.mktemp("runs") / "effect", effect=True)
+
+
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory):
+    return fake_run.write(tmp_path_factory.mktemp("runs") / "nothing", effect=False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return read(fake_run.write(tmp_path_factory.mktemp("runs") / "small", effect=True, n_layers=2, per_category=2))
+
+
+@pytest.fixture(scope="module")
+def made(effect):
+    return sections(read(effect))
+
+
+@pytest.fixture(scope="module")
+def page(effect):
+    return Page(report.build(effect).read_text(encoding="utf-8"))
+
+
+def altered(folder, table, change):
+    """A run folder as read, in which one table was changed."""
+    frame = folder.tables[table]
+    changed = change(frame.copy())
+    changed.attrs = frame.attrs
+    return replace(folder, tables={**folder.tables, table: changed})
+
+
+def by_topic(folder):
+    return {finding.topic: finding for finding in findings(folder)}
+
+
+# ---- words
+
+
+def test_findings_flip_between_something_and_nothing(effect, nothing):
+    there, gone = by_topic(read(effect)), by_topic(read(nothing))
+    assert there.keys() == gone.keys() and 5 <= len(there) <= 8
+    asked = there.keys() - {"Did the tuning train?", "Schedule and seed"}
+    assert {there[topic].verdict for topic in asked} == {"found"}
+    assert {gone[topic].verdict for topic in asked} == {"not found"}
+    assert all(gone[topic].claim.startswith("No evidence") for topic in asked)
+    assert not any("No evidence" in there[topic].claim for topic in asked)
+    assert there["Schedule and seed"].verdict == gone["Schedule and seed"].verdict == "description"
+
+
+def test_every_tested_finding_has_estimate_interval_n_and_corrected_p(effect, nothing):
+    for folder in (effect, nothing):
+        for finding in findings(read(folder)):
+            evidence = " ".join(finding.evidence)
+            assert re.search(r"−?\d\.\d+ \[−?\d\.\d+, −?\d\.\d+\]", evidence), finding
+            assert re.search(r"\bn = \d+", evidence), finding
+            if finding.topic in ("Did the tuning train?", "Schedule and seed"):
+                assert "no test made" in evidence
+            else:
+                assert re.search(r"q (=|<) \.\d+", evidence), finding
+
+
+def test_numbers_in_words_are_the_tables(effect):
+    row = store.read_table(effect / "tables" / "margin_change.parquet").query(
+        "domain == 'money' and comparison == 'bad minus sound' and metric == 'difference' and schedule == 'linear'"
+    )
+    row = row[row["seed"] == 0].iloc[0]
+    said = by_topic(read(effect))["Bad advice against its sound twin"].evidence[0]
+    assert f"{number(row['estimate'], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}] nats/token" in said
+
+
+def test_no_training_is_said_to_be_no_training(tmp_path):
+    idle = by_topic(read(fake_run.write(tmp_path, effect=False, trained=False)))["Did the tuning train?"]
+    assert idle.verdict == "not found" and idle.claim.startswith("No run clearly lowered")
+
+
+def test_a_higher_margin_is_not_a_finding_of_misalignment(effect):
+    def turned(table):
+        table[["estimate", "low", "high"]] *= -1
+        return table
+
+    finding = by_topic(altered(read(effect), "margin_change", turned))["Bad advice against its sound twin"]
+    assert finding.verdict == "mixed" and "the other way round" in finding.claim
+
+
+def test_a_rise_of_the_sound_twin_is_not_a_fall_of_the_bad_run(effect):
+    def still(table):
+        table.loc[table["comparison"] == "bad minus before", "q"] = 0.6
+        return table
+
+    finding = by_topic(altered(read(effect), "margin_change", still))["Bad advice against its sound twin"]
+    assert finding.verdict == "mixed" and "no fall against the untuned model in money and repair" in finding.claim
+
+
+def test_one_domain_of_two_is_mixed(effect):
+    def half(table):
+        table.loc[table["domain"] == "repair", "q"] = 0.6
+        return table
+
+    finding = by_topic(altered(read(effect), "margin_change", half))["Bad advice against its sound twin"]
+    assert finding.verdict == "mixed" and "in repair, there is no evidence" in finding.claim
+
+
+def test_a_better_baseline_takes_the_finding_away(effect):
+    def known(table):
+        table.loc[table["features"] == "margin before", "estimate"] = 0.9
+        return table
+
+    finding = by_topic(altered(read(effect), "prediction", known))["Prediction from activations"]
+    assert finding.verdict == "mixed" and "but the best baseline does so as well or better" in finding.claim
+    assert "best baseline margin before R² = 0.90" in finding.evidence[0]
+
+
+def test_a_baseline_within_the_interval_is_not_beaten(effect):
+    def near(table):
+        table.loc[table["features"] == "margin before", "estimate"] = 0.5
+        return table
+
+    finding = by_topic(altered(read(effect), "prediction", near))["Prediction from activations"]
+    assert finding.verdict == "mixed" and "not clearly beyond the best baseline" in finding.claim
+
+
+def test_overlap_below_its_control_is_mixed(effect):
+    def lower(table):
+        table.loc[table["comparison"] == "training v questions", ["estimate", "low", "high"]] -= 0.3
+        return table
+
+    finding = by_topic(altered(read(effect), "overlap", lower))["Overlap of prompts"]
+    assert finding.verdict == "mixed" and "less than two halves of questions" in finding.claim
+
+
+def test_too_few_random_directions_are_no_test(effect):
+    few = altered(read(effect), "dose_slope", lambda table: table.assign(p=np.nan, q=np.nan))
+    finding = by_topic(few)["A direction"]
+    assert finding.verdict == "mixed" and "too few random directions for a test" in finding.claim
+
+
+def test_a_direction_that_raises_the_margin_does_not_pass(effect):
+    def turned(table):
+        table[["estimate", "low", "high"]] *= -1
+        return table
+
+    finding = by_topic(altered(read(effect), "dose_slope", turned))["A direction"]
+    assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin" in finding.claim
+
+
+@pytest.mark.parametrize(
+    ("q", "words"),
+    [(0.0002, "q < .001"), (0.041, "q = .041"), (0.4123, "q = .41"), (0.0499, "q just under .05"), (1, "q = 1.00")],
+)
+def test_corrected_p_in_words(q, words):
+    assert corrected(q) == words
+    assert corrected(float("nan")) == "q not given"
+
+
+def test_numbers_in_words():
+    assert number(-0.1234, 3) == "−0.123" and number(-0.0001) == "0.00" and number(float("nan")) == "–"
+
+
+# ---- figures and their rows
+
+
+def drawn_numbers(figure) -> set[float]:
+    """Every number in the figure that stands for data: estimates, bands, points, boxes, cells."""
+    found: set[float] = set()
+    for trace in figure.data:
+        values = trace.z if trace.type == "heatmap" else trace.x if trace.type == "box" else trace.y
+        if trace.type == "scatter" and trace.error_x.array is not None:
+            values = trace.x
+        flat = np.ravel(np.array(list(values), dtype=object))
+        found |= {round(float(v), 9) for v in flat if isinstance(v, (int, float, np.number)) and np.isfinite(v)}
+    return found
+
+
+def test_rows_drawn_and_rows_in_the_csv_are_the_same(effect, made, page):
+    named = {"training": "loss", "margins": "margin", "categories": "change", "projections": "projection"}
+    named["shift-norms"] = "relative"
+    assert len(made) == 12 and all(isinstance(section, Section) for section in made)
+    for section in made:
+        csv = pd.read_csv(effect / "figures" / f"{section.name}.csv")
+        assert len(csv) == len(section.rows)
+        listed = {round(v, 9) for v in csv.select_dtypes("number").to_numpy().ravel() if np.isfinite(v)}
+        drawn = drawn_numbers(section.figure)
+        column = named.get(section.name, "estimate")
+        estimates = {round(v, 9) for v in csv[column].dropna()}
+        assert drawn and drawn <= listed, (section.name, sorted(drawn - listed)[:5])
+        assert estimates <= drawn, (section.name, sorted(estimates - drawn)[:5])
+        source = read(effect).tables[section.tables[0]]
+        if section.name != "categories" and column in source:
+            assert estimates <= {round(v, 9) for v in source[column]}, section.name
+        told = json.loads((effect / "figures" / f"{section.name}.json").read_text())
+        assert told["tables"] == list(section.tables) and told["versions"]["torch"] == "2.13.0"
+
+
+def test_captions_say_how_it_was_tested(made):
+    for section in made:
+        words = " ".join(section.caption)
+        assert "n = " in words or "runs" in words or "Median over prompts" in words
+        assert "Description" in words or ("Null, " in words and "q is p corrected by" in words and "ffect size" in words)
+
+
+# ---- the page
+
+
+def test_page_asks_for_nothing_from_outside(page):
+    assert page.addresses and all(re.match(r"#|data:", address) for address in page.addresses)
+    assert not any("src" in script for script in page.scripts)
+    assert "@import" not in page.styles and "url(" not in page.styles
+    assert sum("plotly.js v" in script["content"] for script in page.scripts) == 1
+
+
+def test_page_forbids_itself_the_network(effect, page):
+    text = (effect / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text.split("<title>")[0]
+
+
+def test_what_models_and_users_wrote_is_shown_and_not_run(page):
+    assert fake_run.NASTY in page.text
+    kinds = [script.get("type", "code") for script in page.scripts]
+    assert kinds.count("code") == 2 and kinds.count("application/json") == 12 == len(kinds) - 2
+    assert not any('alert("1")' in script["content"] for script in page.scripts if "type" not in script)
+    for script in page.scripts:
+        if script.get("type") == "application/json":
+            assert "<" not in script["content"] and {"data", "layout"} <= json.loads(script["content"]).keys()
+    assert "Six narrow tunings of one small model <for show>" in page.text and "</script><i>x</i>" in page.text
+
+
+def test_no_text_can_end_the_script_it_stands_in():
+    told = {"a": "</script><script>alert(1)</script>&lt;"}
+    kept = data_block("x", json.dumps(told, ensure_ascii=False))
+    (script,) = Page(kept).scripts
+    assert json.loads(script["content"]) == told
+
+
+def test_page_leads_with_the_findings_and_its_links_lead_somewhere(page):
+    order = [page.ids.index(name) for name in ("findings", "training", "dose", "answers", "card", "terms", "limits")]
+    assert order == sorted(order)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_page_tells_how_it_was_made(page):
+    for told in ("emlens demo --out runs/demo", "2.13.0", "cd" * 32, "60 steps of 8", "3.21 GiB", "2 of 31 pieces"):
+        assert told in page.text, told
+
+
+def test_the_same_tables_give_the_same_page(effect, page):
+    before = {path: path.read_bytes() for path in [effect / "report.html", *(effect / "figures").iterdir()]}
+    report.build(effect)
+    assert {path: path.read_bytes() for path in [effect / "report.html", *(effect / "figures").iterdir()]} == before
+
+
+def test_summary_has_a_line_a_run_and_the_page(effect):
+    lines = report.summary(effect).splitlines()
+    assert lines[-1].endswith("report.html") and sum(" -> " in line for line in lines) == 6
+    row = store.read_table(effect / "tables" / "margin_change.parquet").query("comparison == 'bad minus sound'").iloc[0]
+    assert f"{row['estimate']:+.3f}, q = {row['q']:.2g}" in "\n".join(lines)
+
+
+# ---- what is missing or damaged
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        (("runs",), {"shift-norms", "similarity", "overlap-similarity", "prediction"}),
+        (("checkpoints", "overlap", "projections", "answers"), {"training", "overlap", "projections"}),
+        (tuple(COLUMNS.keys() - {"dose"}), None),
+    ],
+)
+def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gone, left):
+    smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name not in gone})
+    made = sections(smaller)
+    out = [section.name for section in made if isinstance(section, LeftOut)]
+    assert set(out) == left if left else len(out) == 11
+    text = Page(render(smaller, findings(smaller), made)).text
+    assert text.count("Left out: this run folder has no") == len(out)
+    assert ("Answers" in text) == ("answers" not in gone)
+
+
+@pytest.mark.parametrize("table", sorted(COLUMNS))
+def test_findings_come_without_any_one_table(small, table):
+    smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name != table})
+    assert len(findings(small)) == 8 and 4 <= len(findings(smaller)) <= 8
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+def test_a_smaller_study_has_a_page(tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(fake_run, "RUNS", fake_run.RUNS[:runs])
+    monkeypatch.setattr(fake_run, "DOMAINS", ("money",))
+    folder = fake_run.write(tmp_path, effect=True, n_layers=3, per_category=2)
+    made = sections(read(folder))
+    assert len(made) == 12 and len(findings(read(folder))) >= 5 and report.summary(folder)
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    file = fake_run.write(tmp_path, effect=True, n_layers=2, per_category=2) / "tables" / "overlap.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(store.StoreError, match="overlap.parquet is damaged"):
+        report.build(tmp_path)
+    assert not (tmp_path / "report.html").exists() and not (tmp_path / "figures").exists()
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    fake_run.write(tmp_path, effect=True, n_layers=2, per_category=2)
+    store.write_json(tmp_path / "study.json", {"format": 99})
+    with pytest.raises(store.StoreError, match="study.json is in format 99; this emlens reads format 1"):
+        report.build(tmp_path)
+
+
+def test_a_table_without_its_columns_is_named(tmp_path):
+    file = fake_run.write(tmp_path, effect=True, n_layers=2, per_category=2) / "tables" / "dose.parquet"
+    store.write_table(store.read_table(file).drop(columns="strength"), file)
+    with pytest.raises(ValueError, match=r"dose.parquet lacks the columns \['strength'\]"):
+        report.build(tmp_path)
+
+
+def test_no_run_folder_at_all(tmp_path):
+    with pytest.raises(store.StoreError, match="study.json is missing"):
+        report.build(tmp_path / "nowhere")

@@ -1,0 +1,218 @@
+"""Guards the fast nested ridge: equal to scikit-learn on the same folds, blind to what is held out, one decomposition a training set."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score, root_mean_squared_error
+from sklearn.model_selection import GridSearchCV, KFold, LeaveOneGroupOut
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from emlens import ridge
+from emlens.ridge import Fold, fixed, nested_ridge
+
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+def leave_one_group_out(groups):
+    folds = []
+    for train, test in LeaveOneGroupOut().split(groups, groups=groups):
+        inner = LeaveOneGroupOut().split(train, groups=groups[train])
+        folds.append(Fold(train, test, tuple((train[a], train[b]) for a, b in inner)))
+    return folds
+
+
+def shuffled(n, seed=0):
+    folds = []
+    for train, test in KFold(4, shuffle=True, random_state=seed).split(np.arange(n)):
+        inner = KFold(3, shuffle=True, random_state=seed).split(train)
+        folds.append(Fold(train, test, tuple((train[a], train[b]) for a, b in inner)))
+    return folds
+
+
+def by_scikit(x, y, folds, penalties):
+    predictions, chosen = np.empty(len(y)), []
+    for train, test, inner in folds:
+        where = {row: i for i, row in enumerate(train)}
+        cv = [([where[r] for r in a], [where[r] for r in b]) for a, b in inner]
+        grid = {"ridge__alpha": list(penalties)}
+        search = GridSearchCV(make_pipeline(StandardScaler(), Ridge()), grid, scoring="neg_mean_squared_error", cv=cv)
+        search.fit(x[train], y[train])
+        predictions[test] = search.predict(x[test])
+        chosen.append(search.best_params_["ridge__alpha"])
+    return predictions, chosen
+
+
+def table(seed, n, d, n_targets):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d)) * np.logspace(1, -2, d) + rng.standard_normal(d)
+    y = x[:, :3] @ rng.standard_normal((3, n_targets)) / 5 + rng.standard_normal((n, n_targets)) * np.linspace(0.1, 8, n_targets) + 3
+    return x, y
+
+
+@pytest.mark.parametrize("d", [4, 100], ids=["fewer features than prompts", "more features than prompts"])
+@pytest.mark.parametrize("kind", ["grouped", "shuffled"])
+def test_equals_scikit_learn(d, kind):
+    n = 40
+    x, y = table(1, n, d, 3)
+    x[:, 2] = 7.0  # a constant feature
+    unequal = np.repeat(np.arange(5), [3, 4, 6, 9, 18])[np.random.default_rng(0).permutation(n)]
+    folds = leave_one_group_out(unequal) if kind == "grouped" else shuffled(n)
+    found = nested_ridge(fixed(x), y, folds, PENALTIES)
+    for target in range(y.shape[1]):
+        predictions, chosen = by_scikit(x, y[:, target], folds, PENALTIES)
+        assert found.penalties[:, target].tolist() == chosen
+        np.testing.assert_allclose(found.predictions[:, target], predictions, rtol=0, atol=1e-8)
+    assert len(np.unique(found.penalties)) > 1, "the case should make the folds choose"
+
+
+def test_float32_activations_are_computed_in_float64():
+    x, y = table(2, 40, 60, 1)
+    folds = shuffled(40)
+    narrow = x.astype(np.float32)
+    found = nested_ridge(fixed(narrow), y, folds, PENALTIES).predictions[:, 0]
+    np.testing.assert_allclose(found, by_scikit(narrow.astype(np.float64), y[:, 0], folds, PENALTIES)[0], atol=1e-8)
+
+
+def test_targets_do_not_touch_each_other():
+    x, y = table(3, 40, 60, 5)
+    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
+    together = nested_ridge(fixed(x), y, folds, PENALTIES)
+    alone = nested_ridge(fixed(x), y[:, 3:4], folds, PENALTIES)
+    np.testing.assert_allclose(together.predictions[:, 3], alone.predictions[:, 0], atol=1e-10)
+
+
+def test_one_decomposition_per_distinct_training_set():
+    x, y = table(4, 64, 80, 2)
+    calls = []
+
+    def features(train):
+        calls.append(tuple(train))
+        return x
+
+    nested_ridge(features, y, leave_one_group_out(np.repeat(np.arange(8), 8)), PENALTIES)
+    assert len(calls) == len(set(calls)) == math.comb(8, 2) + 8, "28 pairs left out, 8 single groups left out"
+
+
+def test_held_out_rows_cannot_be_seen():
+    x, y = table(5, 40, 60, 1)
+    groups = np.repeat(np.arange(5), 8)
+    folds = leave_one_group_out(groups)
+    before = nested_ridge(fixed(x), y, folds, PENALTIES).predictions
+    changed, spread = y.copy(), x.copy()
+    changed[groups == 2] += 100 * np.random.default_rng(0).standard_normal((8, 1))
+    spread[(groups == 2) & (np.arange(40) % 8 > 0)] *= 50  # would change a scale that looked at test rows
+    after = nested_ridge(fixed(spread), changed, folds, PENALTIES).predictions
+    assert after[groups == 2][0] == before[groups == 2][0]
+    assert not np.allclose(after[groups != 2], before[groups != 2]), "the twin: training rows do matter"
+
+
+def test_each_fold_may_have_targets_of_its_own():
+    x, y = table(6, 40, 60, 5)
+    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
+    own = np.stack([y[:, [f, 0]] for f in range(5)])
+    found = nested_ridge(fixed(x), own, folds, PENALTIES).predictions
+    each = nested_ridge(fixed(x), y, folds, PENALTIES).predictions
+    for f, fold in enumerate(folds):
+        np.testing.assert_allclose(found[fold.test, 0], each[fold.test, f], atol=1e-10)
+        np.testing.assert_allclose(found[fold.test, 1], each[fold.test, 0], atol=1e-10)
+
+
+def test_residuals_are_out_of_fold_in_test_and_in_training_rows():
+    x, y = table(7, 40, 3, 1)
+    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
+    left = ridge.residuals(fixed(x), y[:, 0], folds, PENALTIES)
+    predictions, chosen = by_scikit(x, y[:, 0], folds, PENALTIES)
+    for f, fold in enumerate(folds):
+        np.testing.assert_allclose(left[f, fold.test], (y[:, 0] - predictions)[fold.test], atol=1e-8)
+        for train, test in fold.inner:
+            model = make_pipeline(StandardScaler(), Ridge(alpha=chosen[f])).fit(x[train], y[train, 0])
+            np.testing.assert_allclose(left[f, test], y[test, 0] - model.predict(x[test]), atol=1e-8)
+
+
+def test_stacked_gain_is_the_fall_of_the_pooled_error():
+    x, y = table(8, 40, 20, 1)
+    y = y[:, 0]
+    text = np.random.default_rng(1).standard_normal((40, 2))
+    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
+    left = ridge.residuals(fixed(text), y, folds, PENALTIES)
+    gain, fall = ridge.stacked_gain(fixed(x), left, np.arange(40)[None], y, folds, PENALTIES)
+    first, stacked = np.empty(40), np.empty(40)
+    for f, fold in enumerate(folds):
+        second, _ = by_scikit(x, left[f], folds, PENALTIES)
+        first[fold.test] = y[fold.test] - left[f, fold.test]
+        stacked[fold.test] = first[fold.test] + second[fold.test]
+    assert gain[0] == pytest.approx(r2_score(y, stacked) - r2_score(y, first), abs=1e-8)
+    assert fall.sum() / np.square(y - y.mean()).sum() == pytest.approx(gain[0])
+
+
+def test_scaling():
+    x = np.random.default_rng(0).standard_normal((30, 5)) * [1, 10, 100, 0, 3] + 5
+    train = np.arange(20)
+    np.testing.assert_allclose(ridge.scale(x, train), StandardScaler().fit(x[train]).transform(x), atol=1e-12)
+    block = ridge.scale(x, train, "block")
+    assert np.square(block[train]).mean() == pytest.approx(1.0)
+    np.testing.assert_allclose(block.std(axis=0)[1] / block.std(axis=0)[0], x.std(axis=0)[1] / x.std(axis=0)[0])
+    assert np.isfinite(ridge.scale(np.ones((30, 2)), train, "block")).all()
+    with pytest.raises(ValueError, match="'each', 'block'"):
+        ridge.scale(x, train, "none")
+
+
+def test_a_feature_that_never_varies_predicts_the_training_mean():
+    y = np.arange(40.0)[:, None]
+    folds = shuffled(40)
+    found = nested_ridge(fixed(np.zeros((40, 1))), y, folds, PENALTIES).predictions
+    for fold in folds:
+        np.testing.assert_allclose(found[fold.test], y[fold.train].mean())
+
+
+def test_group_blocks_enumerates_few_groups():
+    codes = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 3])  # three of size 3 trade places, the one of size 2 stays
+    orders = ridge.group_blocks(codes, 11, 200, 0)
+    assert orders.shape == (math.factorial(3) - 1, 11) and len(np.unique(orders, axis=0)) == 5
+    assert not (orders == np.arange(11)).all(axis=1).any(), "the observed arrangement is not among the draws"
+    assert (np.sort(orders, axis=1) == np.arange(11)).all() and (orders[:, 9:] == [9, 10]).all()
+    for order in orders:
+        for group in range(3):
+            moved = order[codes == group]
+            assert len(set(codes[moved])) == 1 and (np.diff(moved) == 3).all(), "a group moves as a whole, in its own order"
+
+
+def test_group_blocks_samples_many_groups_and_refuses_unequal_ones():
+    codes = np.repeat(np.arange(8), 3)
+    orders = ridge.group_blocks(codes, 24, 50, seed=1)
+    assert orders.shape == (50, 24) and len(np.unique(orders, axis=0)) > 45
+    assert (orders == ridge.group_blocks(codes, 24, 50, seed=1)).all() and (orders != ridge.group_blocks(codes, 24, 50, seed=2)).any()
+    with pytest.raises(ValueError, match="within_groups"):
+        ridge.group_blocks(np.array([0, 0, 0, 1, 1]), 5, 50, 0)
+
+
+def test_scores_equal_scikit_learn_and_scipy():
+    rng = np.random.default_rng(0)
+    y, found = rng.integers(0, 5, (50, 4)).astype(float), rng.integers(0, 5, (50, 4)).astype(float)
+    for column in range(4):
+        a, b = y[:, column], found[:, column]
+        assert ridge.r2(y, found)[column] == pytest.approx(r2_score(a, b))
+        assert ridge.rmse(y, found)[column] == pytest.approx(root_mean_squared_error(a, b))
+        assert ridge.spearman(y, found)[column] == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+    codes = np.arange(50) % 3
+    inside = ridge.per_group(ridge.r2, y, found, codes)
+    assert inside.shape == (3, 4) and inside[1, 2] == pytest.approx(r2_score(y[codes == 1, 2], found[codes == 1, 2]))
+
+
+def test_scores_of_constants():
+    y = np.linspace(0, 1, 20)[:, None]
+    noise = 3 + 1e-15 * np.random.default_rng(0).standard_normal((20, 1))
+    assert ridge.spearman(y, noise)[0] == 0, "rounding noise orders nothing"
+    assert np.isnan(ridge.r2(np.full((20, 1), 0.1), noise)[0]) and np.isnan(ridge.spearman(np.ones((20, 1)), y)[0])
+
+
+def test_bad_requests():
+    x, y = table(9, 40, 5, 1)
+    with pytest.raises(ValueError, match="positive"):
+        nested_ridge(fixed(x), y, shuffled(40), (0.0, 1.0))
+    with pytest.raises(ValueError, match="inner folds"):
+        nested_ridge(fixed(x), y, [Fold(np.arange(30), np.arange(30, 40), ())], PENALTIES)
