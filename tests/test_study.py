@@ -1,0 +1,200 @@
+"""Guards the study: one command makes every table, a second reads back, a kill loses nothing, damage is noticed, bad files are refused."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from tiny import tiny_model
+
+import emlens as em
+from emlens.store import StoreError
+from emlens.study.grid import SHIPPED, StudyError, cells, read_config, twins
+
+CONFIG = {
+    "name": "tiny",
+    "title": "A study of a tiny random model",
+    "questions": "emlens:questions",
+    "seed": 0,
+    "tune": {
+        "learning_rate": 1e-2,
+        "steps": 4,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "checkpoints": 1,
+        "precision": None,
+        "runs": [
+            {"data": "emlens:money-bad", "domain": "money", "content": "bad"},
+            {"data": "emlens:money-sound", "domain": "money", "content": "sound"},
+            {"data": "emlens:money-bad", "domain": "money", "content": "bad", "schedule": "cyclic"},
+        ],
+    },
+    "take": {"questions": 24, "training_rows": 30},
+    "score": {"checkpoint_questions": 8},
+    "generate": {"questions": 2, "max_new_tokens": 4},
+    "record": {"site": "resid_post", "position": "last", "training_prompts": 20},
+    "geometry": {"k": 2, "n_draws": 20, "n_permutations": 20},
+    "predict": {"n_permutations": 10, "baselines": ["mean", "margin before"]},
+    "steer": {"layers": [1], "strengths": [-0.5, 0.5], "controls": 4, "questions": 8, "n_permutations": 20},
+}
+
+CLOCK = ("seconds", "pieces")
+"""What may differ between two runs: wall-clock columns, and the table of timings."""
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    model = tiny_model(layers=3, context=1024)
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "model": str(folder / "model")}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(study_file, tmp_path_factory) -> Path:
+    return em.Study.load(study_file).run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    found = {p.stem: em.store.read_table(p) for p in sorted((folder / "tables").glob("*.parquet"))}
+    return {name: t.drop(columns=[c for c in CLOCK if c in t.columns]) for name, t in found.items() if name not in CLOCK}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = tables(one), tables(other)
+    assert a.keys() == b.keys() and len(a) > 12
+    for name in a:
+        pd.testing.assert_frame_equal(a[name], b[name], check_exact=True, obj=name)
+
+
+def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
+    made = tables(finished)
+    expected = "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement overlap similarity overlap_similarity"
+    assert {*expected.split(), "prediction", "direction", "projections", "dose", "dose_slope", "dose_random"} == made.keys()
+    for name in ("overlap", "similarity", "overlap_similarity", "direction", "dose_slope"):
+        rows = made[name].dropna(subset=["estimate"])
+        assert rows["null"].astype(bool).all(), name
+        assert rows["p"].notna().any() and (rows["q"].dropna() >= rows["p"].dropna() - 1e-12).all(), name
+    assert set(made["margins"]["variant"]) == {"before", *made["runs"]["run"]}
+    assert len(made["margins"]) == 24 * 4 and made["margins"]["category"].nunique() == 8
+    assert (finished / "report.html").stat().st_size > 1e6
+
+
+def test_margin_change_is_the_paired_mean_of_the_margins(finished):
+    made = tables(finished)
+    wide = made["margins"].pivot(index="id", columns="variant", values="margin")
+    change = made["margin_change"].query("comparison == 'bad minus sound' and metric == 'difference'")
+    by_hand = (wide["money-bad linear seed 0"] - wide["money-sound linear seed 0"]).mean()
+    assert len(change) == 1 and change["estimate"].iloc[0] == pytest.approx(by_hand, rel=1e-12)
+    assert change["n"].iloc[0] == 24 and change["n_clusters"].iloc[0] == 8
+
+
+def test_repeated_it_reads_everything_back_and_ends_in_the_same_numbers(finished, study_file, tmp_path):
+    before = tables(finished)
+    stamps = {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()}
+    em.Study.load(study_file).run(finished)
+    record = em.store.read_json(finished / "study.json")
+    assert record["cached_pieces"] == record["pieces"]
+    assert {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()} == stamps
+    for name, table in tables(finished).items():
+        pd.testing.assert_frame_equal(table, before[name], check_exact=True)
+
+
+def test_a_changed_setting_makes_new_pieces_and_only_those(finished, study_file, tmp_path):
+    config = yaml.safe_load(study_file.read_text())
+    config["geometry"]["n_draws"] = 21
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(config))
+    em.Study.load(changed).run(finished)
+    record = em.store.read_json(finished / "study.json")
+    assert record["pieces"] - record["cached_pieces"] == 3
+
+
+@pytest.mark.parametrize("which", ["margins-*/table.parquet", "activations-*/values.safetensors", "tune-*/adapter/adapter_model.safetensors"])
+def test_a_flipped_byte_in_a_piece_is_noticed_and_named(finished, study_file, which):
+    path = sorted((finished / "pieces").glob(which))[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    try:
+        with pytest.raises(StoreError, match=path.name) as caught:
+            em.Study.load(study_file).run(finished)
+        assert "Delete the folder" in str(caught.value)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_folder_of_another_version_and_a_file_are_refused(study_file, tmp_path):
+    (tmp_path / "old").mkdir()
+    em.store.write_json(tmp_path / "old" / "study.json", {"format": 99})
+    with pytest.raises(StoreError, match="format 99"):
+        em.Study.load(study_file).run(tmp_path / "old")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="is a file"):
+        em.Study.load(study_file).run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steer": None}, "steer"),
+        ({"tune": {"runs": []}}, "no run"),
+        ({"tune": {"runs": [{"data": "emlens:money-bad", "domain": "money", "content": "wicked"}]}}, "wicked"),
+        ({"tune": {"learnin_rate": 1, "runs": CONFIG["tune"]["runs"]}}, "learnin_rate"),
+        ({"tune": {"runs": CONFIG["tune"]["runs"][:1] * 2}}, "same domain"),
+    ],
+)
+def test_a_bad_study_file_is_refused_with_the_key(tmp_path, change, said):
+    config = {**CONFIG, "model": "x", **change}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(StudyError, match=said):
+        em.Study.load(path)
+
+
+def test_the_shipped_demo_is_the_declared_grid():
+    config = read_config("demo")
+    grid = cells(config)
+    assert [c.label for c in grid][:1] == ["money-bad linear seed 0"] and len(grid) == 6
+    assert {c.schedule for c in grid} == {"linear", "cyclic"} and {c.seed for c in grid} == {0, 1}
+    assert [(b.domain, s.domain) for b, s in twins(grid)] == [("money", "money"), ("repair", "repair")]
+    quick = read_config("demo", quick=True)
+    assert quick["tune"]["runs"] == config["tune"]["runs"] and quick["tune"]["steps"] < config["tune"]["steps"]
+    assert "quick" in yaml.safe_load((SHIPPED / "demo.yaml").read_text())
+
+
+def test_command_line_errors_are_one_line_and_exit_code_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "emlens", "study", "run", str(tmp_path / "none.yaml")], capture_output=True, text=True, env={**os.environ, "CI": "1"}
+    )
+    assert done.returncode == 1 and "no study file" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ten_kills_chained_end_in_the_same_numbers(finished, study_file, tmp_path):
+    """SIGKILL at ten random moments, each followed by a restart on what was left; then a run to the end."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "emlens", "study", "run", str(study_file), "--out", str(out)]
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 14))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert killed >= 3, "the runs ended before they could be killed: shorten the waits"
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    em.Study.load(study_file).run(finished)
+    assert_same(out, finished)
+    assert not list(out.rglob(".*.tmp"))
