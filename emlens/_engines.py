@@ -133,8 +133,11 @@ def find_blocks(hf: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
     """The list of blocks and the final norm, by structure.
 
     Raises:
-        ValueError: no list, or more than one, has ``num_hidden_layers`` members; or no single norm stands beside it.
+        ValueError: an encoder stands before the decoder; no list, or more than one, has ``num_hidden_layers`` members; or no single norm
+            stands beside it.
     """
+    if hf.config.is_encoder_decoder:
+        raise ValueError(f"{type(hf).__name__} has an encoder and a decoder; emlens reads decoder-only transformers with one stack of blocks.")
     n: int = hf.config.get_text_config().num_hidden_layers
     inner = decoder_of(hf)
     found = [(name, m) for name, m in inner.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n and _outermost(name)]

@@ -52,10 +52,11 @@ def shared_prompt_batches(tokens: Sequence[Tokens], window: int | None = None, b
     Args:
         tokens: prompts with responses.
         window: the model's sliding attention window, if it has one. Padding between a prompt and its response is masked, but a window
-            counts it; so where the window can be reached, only prompts of exactly one length share a batch.
+            counts it; so where the longest prompt and the longest response together reach it (the two may meet in one padded batch), only
+            prompts of exactly one length share a batch.
         budget: tokens in a batch.
     """
-    exact = window is not None and max(len(t.ids) for t in tokens) >= window
+    exact = window is not None and max(t.n_prompt for t in tokens) + max(len(t.ids) - t.n_prompt for t in tokens) >= window
     by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, t in enumerate(tokens):
         by_prompt[t.ids[: t.n_prompt]].append(i)

@@ -94,6 +94,8 @@ class Activations:
         values = np.asarray(values, dtype=np.float32)
         if values.ndim == 2:
             values = values[:, None, :]
+        if values.ndim != 3:
+            raise ValueError(f"values have shape {values.shape}; needed are [prompt, layer, d_model] or [prompt, d_model]")
         table = pd.DataFrame(facts).reset_index(drop=True) if facts is not None else pd.DataFrame(index=range(len(values)))
         if "id" not in table.columns:
             table.insert(0, "id", [f"row-{i:05d}" for i in range(len(table))])

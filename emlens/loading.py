@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -19,6 +22,10 @@ from .prompts import PLAIN_TEMPLATE
 
 class LoadError(ValueError):
     """A model or adapter that cannot be opened; the message says what was found and the way out."""
+
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What transformers and PEFT raise for files that are missing, damaged, or of a kind they do not know."""
 
 
 class UntrainedAdapterWarning(UserWarning):
@@ -135,8 +142,12 @@ def load_weights(
             if not gguf:
                 AutoConfig.from_pretrained(source, revision=common["revision"], trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=want, **common, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+            opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=want, output_loading_info=True, **common, **kwargs)
+            hf: PreTrainedModel = opened[0]
+            lacking = opened[1]["missing_keys"]
+            if lacking:  # transformers would fill them with random numbers
+                raise ValueError(f"its files lack {len(lacking)} tensors of its config, e.g. {min(lacking)}")
+        except UNREADABLE as error:
             known = ", ".join(ALIASES)
             raise LoadError(
                 f"cannot open the model {name!r}: {str(error).strip().splitlines()[0][:300]} — give a hub id (with the net, or "
@@ -199,14 +210,50 @@ def attach(hf: PreTrainedModel, peft: PeftModel | None, name: str, source: str) 
     try:
         config = PeftConfig.from_pretrained(path, subfolder=sub)
         state = load_peft_weights(path, device="cpu", subfolder=sub)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise LoadError(
             f"cannot open the adapter {name!r} at {source!r}: {str(error).strip().splitlines()[0][:300]} — a PEFT folder with adapter_config.json "
             "and adapter_model.safetensors, or a hub id, is needed."
         ) from error
     config.inference_mode = True
+    config.base_model_name_or_path = None  # PEFT fills it in; what fits is decided by keys and shapes below, not by a path
     if bool(getattr(config, "modules_to_save", None)):
         raise LoadError(f"adapter {name!r} replaces whole modules {config.modules_to_save}: that is more than an adapter on shared weights can carry")
+    with _all_or_nothing(hf, peft, name):
+        peft = _fill(hf, peft, name, config, state)
+    hf.eval()  # PEFT makes its modules, dropout among them, in training mode
+    ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_B" in k]
+    if ups and not any(bool(v.any()) for v in ups):
+        warnings.warn(f"every LoRA B of adapter {name!r} is zero: it changes nothing. Was it trained?", UntrainedAdapterWarning, stacklevel=3)
+    local = Path(path) / sub if sub else Path(path)
+    return peft, adapter_digest(local) if local.is_dir() else store.digest_text(f"{source}")
+
+
+@contextmanager
+def _all_or_nothing(hf: PreTrainedModel, peft: PeftModel | None, name: str) -> Iterator[None]:
+    """On any error, also one in the midst of PEFT's injection, the adapter's modules are gone again."""
+    before = [(module, dict(module._modules)) for module in hf.modules()]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            for module in list(hf.modules()):
+                if isinstance(module, BaseTunerLayer):
+                    module.delete_adapter(name)
+            for module, children in before:
+                module._modules.clear()
+                module._modules.update(children)
+            if peft is None:
+                vars(hf).pop("peft_config", None)
+            else:
+                peft.peft_config.pop(name, None)
+            hf.requires_grad_(False)
+
+
+def _fill(hf: PreTrainedModel, peft: PeftModel | None, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> PeftModel:
+    """Grow the adapter and load its tensors; LoadError unless keys and shapes are the same."""
     try:
         peft = grow(hf, peft, name, config)
     except ValueError as error:
@@ -215,7 +262,6 @@ def attach(hf: PreTrainedModel, peft: PeftModel | None, name: str, source: str) 
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     shapes = [k for k in set(expected) & set(state) if expected[k].shape != state[k].shape]
     if missing or unexpected or shapes:
-        detach(peft, name)
         what = "is for another architecture" if shapes or not set(expected) & set(state) else "has keys that do not match"
         example = (
             f"{shapes[0]} is {tuple(state[shapes[0]].shape)}, needed {tuple(expected[shapes[0]].shape)}" if shapes else (missing or unexpected)[0]
@@ -225,11 +271,7 @@ def attach(hf: PreTrainedModel, peft: PeftModel | None, name: str, source: str) 
             f"Was it trained on {type(hf).__name__} with {hf.config.get_text_config().num_hidden_layers} layers?"
         )
     set_peft_model_state_dict(peft, state, adapter_name=name)
-    ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_B" in k]
-    if ups and not any(bool(v.any()) for v in ups):
-        warnings.warn(f"every LoRA B of adapter {name!r} is zero: it changes nothing. Was it trained?", UntrainedAdapterWarning, stacklevel=3)
-    local = Path(path) / sub if sub else Path(path)
-    return peft, adapter_digest(local) if local.is_dir() else store.digest_text(f"{source}")
+    return peft
 
 
 def _split_source(source: str) -> tuple[str, str | None]:
@@ -250,6 +292,10 @@ def grow(hf: PreTrainedModel, peft: PeftModel | None, name: str, config: PeftCon
 def detach(peft: PeftModel, name: str) -> PeftModel | None:
     """Take an adapter off again; when it was the last one the model gets its own modules back and None is returned."""
     if name in peft.peft_config:
+        others = [n for n in peft.peft_config if n != name]
+        if others:
+            peft.base_model.set_adapter(others[0])  # type: ignore[operator]
+            peft.requires_grad_(False)
         peft.delete_adapter(name)
     if peft.peft_config:
         return peft

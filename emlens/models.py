@@ -152,7 +152,8 @@ class HookedModel:
             with self._peft.disable_adapter():
                 yield self.hf
         else:
-            self._peft.base_model.set_adapter(adapter)
+            tuner: Any = self._peft.base_model
+            tuner.set_adapter(adapter)
             self.hf.requires_grad_(False)
             yield self.hf
 
@@ -324,6 +325,8 @@ class HookedModel:
     ) -> pd.DataFrame:
         """Answer each prompt ``n`` times (temperature 0: greedy).
 
+        Sampling is as the arguments say; a model's own ``generation_config`` (repetition penalty, say) counts only for its end tokens.
+
         Returns:
             DataFrame, one row per answer: ``id, question, sample, answer, n_tokens, finished, variant``.
         """
@@ -338,7 +341,7 @@ class HookedModel:
         config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=sorted(ends), **sampling)
         flat = [(i, s) for i in range(len(table)) for s in range(n)]
         rows: list[dict[str, Any]] = [{} for _ in flat]
-        with self.using(adapter) as hf, torch.no_grad(), torch.random.fork_rng(), loading.quiet():
+        with self.using(adapter) as hf, torch.no_grad(), torch.random.fork_rng(), loading.quiet(), _no_habits(hf):
             torch.manual_seed(seed)
             for batch in progress(plan([len(tokens[i].ids) + max_new_tokens for i, _ in flat]), f"generate {adapter or 'before'}"):
                 ids, mask = self._padded([tokens[flat[j][0]].ids for j in batch], side="left")
@@ -390,6 +393,17 @@ class HookedModel:
         if vector.shape != (self.d_model,):
             raise ValueError(f"the direction has {tuple(vector.shape)} entries at layer {layer}; {self.name} has d_model {self.d_model}")
         return vector.to(self.device)
+
+
+@contextmanager
+def _no_habits(hf: PreTrainedModel) -> Iterator[None]:
+    """transformers fills what a call leaves open from the model's ``generation_config``; put it aside for the length of the block."""
+    own = hf.generation_config
+    hf.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        hf.generation_config = own
 
 
 def _per_token(facts: pd.DataFrame, tokens: Sequence[Tokens], tokenizer: Any) -> pd.DataFrame:

@@ -56,11 +56,27 @@ def tokenize(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, respon
     text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = [int(i) for i in coded["input_ids"]], [(int(a), int(b)) for a, b in coded["offset_mapping"]]
-    content = user_text(prompt).strip()
-    start = text.rfind(content) if content else -1
+    start, content = _find_user(prompt, text, tokenizer)
     tail = [int(i) for i in tokenizer(answer, add_special_tokens=False)["input_ids"]] if answer else []
     span = (start, start + len(content)) if start >= 0 else (-1, -1)
     return Tokens(tuple(ids + tail), len(ids), tuple(offsets), text, span)
+
+
+MARK = "\ue000user\ue001"
+"""Stands in for the user's text to find where a template puts it: the text itself may occur elsewhere (in the system prompt, in a role's name)."""
+
+
+def _find_user(prompt: Sequence[Mapping[str, str]], text: str, tokenizer: Tokenizer) -> tuple[int, str]:
+    """Where the last user message stands in the rendered ``text`` (-1: the template changed it), and its text without outer blanks."""
+    content = user_text(prompt).strip()
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=-1)
+    if not content:
+        return -1, content
+    marked = [{**m, "content": MARK} if i == last else m for i, m in enumerate(prompt)]
+    before, found, _ = str(tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)).partition(MARK)
+    if found and text.startswith(before) and text[len(before) :].lstrip().startswith(content):
+        return text.index(content, len(before)), content
+    return text.rfind(content), content
 
 
 def needs_response(position: Position) -> bool:
@@ -105,6 +121,8 @@ def token_rows(tokens: Tokens, position: Position, prompt_id: str = "this prompt
     if start < 0:
         raise ValueError(f"{prompt_id}: the chat template does not hold the user's text as it is, so {name!r} cannot be found; use 'mean_all'")
     if isinstance(position, tuple):
+        if not 0 <= position[0] < position[1]:
+            raise ValueError(f"{prompt_id}: a span (start, end) needs 0 <= start < end, in characters of the user's text; got {position}")
         start, end = start + int(position[0]), min(start + int(position[1]), end)
     rows = [i for i, (a, b) in enumerate(tokens.offsets) if b > start and a < end and b > a]
     if not rows:

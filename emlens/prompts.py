@@ -141,11 +141,12 @@ def _normalise(row: Any, index: int, source: str) -> list[dict[str, Any]]:
         facts = {**facts.pop("metadata"), **facts}
     if set(facts) == {"canary"}:
         return []
-    identity = facts.pop("id", None) or facts.get("question_id")
+    identity = next((facts[c] for c in ("id", "question_id") if not _absent(facts.get(c))), None)
+    facts.pop("id", None)
     if "messages" in facts:
-        chats = [list(facts.pop("messages"))]
+        chats = [_listed(facts.pop("messages"), "messages", where)]
     elif "paraphrases" in facts:
-        chats = [[{"role": "user", "content": text}] for text in facts.pop("paraphrases")]
+        chats = [[{"role": "user", "content": text}] for text in _listed(facts.pop("paraphrases"), "paraphrases", where)]
     else:
         text = next((facts[c] for c in ("question", "prompt", "text", "user") if c in facts), None)
         if text is None:
@@ -155,6 +156,7 @@ def _normalise(row: Any, index: int, source: str) -> list[dict[str, Any]]:
         if answer is not None:
             chats[0].append({"role": "assistant", "content": answer})
     system = facts.pop("system", None)
+    system = None if _absent(system) else system
     out = []
     for j, chat in enumerate(chats):
         if system and not any(isinstance(m, Mapping) and m.get("role") == "system" for m in chat):
@@ -164,6 +166,17 @@ def _normalise(row: Any, index: int, source: str) -> list[dict[str, Any]]:
             entry = {"id": str(identity) if len(chats) == 1 else f"{identity}#{j}", **entry}
         out.append(entry)
     return out
+
+
+def _absent(value: Any) -> bool:
+    """None, empty text, or the NaN by which a DataFrame marks a missing cell; the number 0 is a value."""
+    return value is None or value == "" or (isinstance(value, float) and value != value)
+
+
+def _listed(value: Any, field: str, where: str) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise PromptError(f"{where}: {field!r} is {type(value).__name__}; a list is needed")
+    return list(value)
 
 
 def _check(messages: Sequence[Any], where: str) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 
 FORMAT = 1
 """Version of the layout on disk; a folder written with another one is refused, never guessed at."""
@@ -54,10 +55,12 @@ def canonical(value: Any) -> str:
 
 
 def digest_text(text: str) -> str:
+    """SHA-256 of the text's UTF-8 bytes, in hex."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def digest_file(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -75,13 +78,20 @@ def _refuse_file(folder: Path) -> None:
             return
 
 
+def _is_no_space(error: OSError | SafetensorError) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os error {number})" in str(error) for number in full)  # safetensors writes in Rust and keeps the number in its text
+
+
 @contextmanager
 def _no_space(path: Path) -> Iterator[None]:
     """Turn 'no space left' into an error that says how much is free and where."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not _is_no_space(error):
             raise
         free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
         raise StoreError(
@@ -118,15 +128,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8; the file is there whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write ``value`` (see :func:`plain`) as JSON; the file is there whole or not at all."""
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file; one that is missing or damaged is a :class:`StoreError` that names it."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +166,7 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     seal = path.with_name(path.name + ".sha256")
     if not path.exists() or not seal.exists():
         raise StoreError(f"{path if not path.exists() else seal} is missing. Run the study again to write it anew.")
-    if digest_file(path) != seal.read_text().split()[0]:
+    if seal.read_bytes().split()[:1] != [digest_file(path).encode()]:
         raise StoreError(f"{path} is damaged: its SHA-256 is not the one in {seal.name}. Delete it and run the study again.")
     return pd.read_parquet(path, engine="pyarrow")
 
@@ -202,9 +215,12 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
             f"{folder} was written in format {found!r}; this emlens reads format {FORMAT}. "
             "Use the emlens that wrote it, or choose a new output folder."
         )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or any(not isinstance(f, dict) or not {"bytes", "sha256"} <= set(f) for f in files.values()):
+        raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
     if digest_text(canonical(manifest.get("made_by"))) != manifest.get("made_by_sha256"):
         raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
-    for name, facts in manifest["files"].items():
+    for name, facts in files.items():
         path = folder / name
         if not path.exists():
             raise StoreError(f"{path} is missing. Delete the folder {folder} and run again: only this piece is made anew.")

@@ -6,6 +6,7 @@ another and legends below, so that a figure reads at 390 px as it does at 1000.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,6 +18,7 @@ from emlens.plots.style import CONFIG, FONT, palette
 __all__ = [
     "CONFIG",
     "FONT",
+    "Figure",
     "by_layer",
     "distribution",
     "dose",
@@ -30,6 +32,9 @@ __all__ = [
     "scatter",
     "training",
 ]
+
+Figure: TypeAlias = go.Figure
+"""What every drawing function returns; other rooms name the type by this and leave plotly to this one."""
 
 
 def by_layer(

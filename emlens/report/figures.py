@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from emlens import plots
 from emlens.report.folder import Folder
@@ -20,7 +19,7 @@ class Section:
     title: str
     asked: str
     tables: tuple[str, ...]
-    figure: go.Figure
+    figure: plots.Figure
     rows: pd.DataFrame
     caption: tuple[str, ...]
 
@@ -53,7 +52,7 @@ _CORRECTIONS = {
     "bonferroni": "Bonferroni",
     "max-statistic": "the largest over the layers (max-statistic)",
 }
-Drawn = tuple[go.Figure, pd.DataFrame, Sequence[str]]
+Drawn = tuple[plots.Figure, pd.DataFrame, Sequence[str]]
 
 
 def _training(folder: Folder) -> Drawn:

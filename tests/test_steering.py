@@ -1,0 +1,100 @@
+"""Guards the dose-response: a planted direction is found beside random ones, one drawn among them is not, and the level is kept."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from scipy import stats as scipy_stats
+from test_models import contrast, random_direction
+
+from emlens import steering
+
+STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
+COLUMNS = ["metric", "estimate", "low", "high", "null", "null_low", "null_high", "p", "q", "n"]
+
+
+def planted(effects: list[float], seed: int = 0, controls: int = 20, questions: int = 16) -> pd.DataFrame:
+    """One layer per effect: the direction's slope is a draw like the random ones' (spread 0.05) plus the effect; all do the same damage."""
+    rng = np.random.default_rng(seed)
+    names = ["direction", *(f"random {i}" for i in range(controls))]
+    slope = rng.normal(0, 0.05, size=(len(effects), len(names)))
+    slope[:, 0] += effects
+    grid = [(layer, s, name, q) for layer in range(len(effects)) for s in STRENGTHS for name in range(len(names)) for q in range(questions)]
+    out = pd.DataFrame(grid, columns=["layer", "strength", "number", "question"])
+    noise = rng.normal(0, 0.02, size=len(out))
+    change = slope[out["layer"], out["number"]] * out["strength"] - 0.3 * out["strength"].abs() + noise
+    return pd.DataFrame({
+        "direction": np.array(names)[out["number"]], "layer": out["layer"], "strength": out["strength"],
+        "id": out["question"].map("q{}".format), "category": out["question"].map(lambda q: f"c{q % 4}"), "margin": 1 + change, "change": change,
+    })  # fmt: skip
+
+
+def test_a_planted_direction_is_found_and_a_drawn_one_is_not() -> None:
+    table = steering.slopes(planted([0.5, -0.5] + [0.0] * 30), seed=1)
+    assert list(table.columns) == ["layer", *COLUMNS]
+    assert (table["p"][:2] < 0.01).all() and (table["q"][:2] < 0.05).all()
+    assert np.allclose(table["estimate"][:2], [0.5, -0.5], atol=0.15)
+    assert (table["q"][2:] > 0.05).all() and (table["p"][2:] < 0.05).sum() <= 4 and table["p"][2:].max() > 0.7
+    inside = table["estimate"].between(table["null_low"], table["null_high"])
+    assert not inside[:2].any() and inside[2:].mean() > 0.8
+    assert np.array_equal(inside, table["p"] > 0.05), "band and p are one test"
+
+
+def test_the_slope_is_least_squares_through_the_origin() -> None:
+    margins = planted([0.2])
+    own = margins[margins["direction"] == "direction"]
+    expected = np.linalg.lstsq(own[["strength"]].to_numpy(), own["change"].to_numpy(), rcond=None)[0][0]
+    row = steering.slopes(margins).iloc[0]
+    assert row["estimate"] == pytest.approx(expected) and row["low"] < expected < row["high"] and row["n"] == 16
+
+
+def test_summarise_is_the_mean_dose_by_dose() -> None:
+    margins = planted([0.8, 0.0])
+    table = steering.summarise(margins, seed=2)
+    assert list(table.columns) == ["layer", "strength", *COLUMNS] and len(table) == 8
+    for row in table.itertuples():
+        rows = margins.query("layer == @row.layer and strength == @row.strength")
+        random = rows[rows["direction"] != "direction"].groupby("direction")["change"].mean()
+        mean = rows.loc[rows["direction"] == "direction", "change"].mean()
+        assert row.estimate == pytest.approx(mean) and row.low <= mean <= row.high
+        prediction = scipy_stats.t(19, random.mean(), random.std() * np.sqrt(21 / 20))
+        assert (row.null_low, row.null_high) == pytest.approx(prediction.interval(0.95))
+        assert row.p == pytest.approx(2 * min(prediction.cdf(mean), prediction.sf(mean)))
+    assert (table.query("layer == 0")["p"] < 0.01).all() and (table.query("layer == 1")["p"] > 0.01).all()
+
+
+def test_random_means_keep_the_direction_apart() -> None:
+    means = steering.random_means(planted([5.0], controls=3))
+    assert sorted(means["direction"].unique()) == [0, 1, 2] and len(means) == 12 and means["margin_change"].max() < 0.5
+
+
+@pytest.mark.parametrize("controls", [5, 20])
+def test_among_random_keeps_its_level_and_has_power(controls: int) -> None:
+    draws = np.random.default_rng(controls).normal(3.0, 2.0, size=(2000, controls + 1))
+    p = np.array([steering.among_random(row[0], row[1:])["p"] for row in draws])
+    assert 0.03 <= (p < 0.05).mean() <= 0.07
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.001
+    shifted = np.array([steering.among_random(row[0] + 12.0, row[1:])["p"] for row in draws[:200]])
+    assert (shifted < 0.05).mean() > 0.9
+
+
+def test_among_too_few_random_directions_there_is_no_test() -> None:
+    assert all(np.isnan(v) for v in steering.among_random(1.0, np.array([0.1, 0.2])).values())
+    assert np.isnan(steering.among_random(1.0, np.zeros(5))["p"])
+
+
+def test_dose_response_on_a_model() -> None:
+    model, questions = tiny.tiny_model("llama"), contrast(4)
+    direction = random_direction(model)
+    table = steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], controls=3, seed=4)
+    assert list(table.columns) == ["layer", "strength", *COLUMNS]
+    assert table[["layer", "strength"]].values.tolist() == [[layer, s] for layer in (1, 3) for s in (-0.5, 0.0, 0.5)]
+    base = model.margin(questions)["margin"]
+    with model.steer(direction, 3, 0.5):
+        by_hand = (model.margin(questions)["margin"] - base).mean()
+    assert table["estimate"].iloc[5] == pytest.approx(by_hand, abs=1e-9) and abs(by_hand) > 1e-4
+    assert (table.query("strength == 0")["estimate"] == 0).all() and table.query("strength == 0")["p"].isna().all()
+    assert table.query("strength != 0")[["p", "q", "null_low", "null_high"]].notna().all(axis=None)
+    assert table.equals(steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], controls=3, seed=4))
+    with pytest.raises(ValueError, match="nothing to steer"):
+        steering.dose_response(model, direction, questions, [], [1.0], controls=1)
