@@ -13,6 +13,7 @@ import reference
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -60,6 +61,7 @@ def structure(model: HookedModel) -> dict[str, Any]:
         "modules": [(name, type(m)) for name, m in model.hf.named_modules()],
         "parameters": [(name, p.requires_grad, p.data_ptr(), p.sum().item()) for name, p in model.hf.named_parameters()],
         "hooks": reference.n_hooks(model.hf),
+        "tuners": [(sorted(m.scaling), list(m.active_adapters)) for m in model.hf.modules() if isinstance(m, LoraLayer)],
         "training": [m.training for m in model.hf.modules()],
         "adapters": dict(model.adapters),
     }

@@ -78,7 +78,9 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
     made = tables(finished)
-    expected = "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement overlap similarity overlap_similarity"
+    expected = (
+        "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement overlap similarity overlap_similarity"
+    )
     assert {*expected.split(), "prediction", "direction", "projections", "dose", "dose_slope", "dose_random"} == made.keys()
     for name in ("overlap", "similarity", "overlap_similarity", "direction", "dose_slope"):
         rows = made[name].dropna(subset=["estimate"])
