@@ -176,20 +176,13 @@ def _direction(folder: Folder) -> Drawn:
 
 
 def _projections(folder: Folder) -> Drawn:
-    auc = folder.tables["direction"]
-    auc = auc[auc["metric"] == "auc"]
-    best = auc.loc[auc.groupby("domain")["estimate"].idxmax()].set_index("domain")["layer"]
     table = folder.tables["projections"]
-    rows = table[table["layer"] == table["domain"].map(best)]
+    layer = int(table["layer"].min())
+    rows = table[table["layer"] == layer]
     rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
     figure = plots.distribution(rows, "projection", "variant", color="trained on", facet="domain", x_title="projection onto the direction")
-    layers = ", ".join(f"{domain} layer {int(layer)}" for domain, layer in best.items())
     n = _span(rows.groupby(["domain", "variant"]).size())
-    return (
-        figure,
-        rows,
-        [f"n = {n} questions a line, at the layer with the best AUC ({layers}), chosen after the fact. Description."],
-    )
+    return figure, rows, [f"n = {n} questions a line, at layer {layer}, named in the study file beforehand. Description."]
 
 
 def _dose(folder: Folder) -> Drawn:
@@ -270,7 +263,7 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         "projections",
         "Projections",
         "How do single questions fall along that direction?",
-        ("projections", "direction"),
+        ("projections",),
         _projections,
     ),
     (
