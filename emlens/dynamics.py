@@ -1,5 +1,6 @@
 """Along a tuning: narrow loss against broad alignment, checkpoint by checkpoint, on the one set of loaded weights."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pandas as pd
@@ -8,7 +9,9 @@ from .models import HookedModel
 from .tuning import Run
 
 
-def checkpoint_margins(model: HookedModel, run: Run, questions: Any, precision: str | None = None) -> pd.DataFrame:
+def checkpoint_margins(
+    model: HookedModel, run: Run, questions: Any, precision: str | None = None, steps: Collection[int] | None = None
+) -> pd.DataFrame:
     """The margin at every kept checkpoint of a run: each adapter is put on, read and taken off again.
 
     Args:
@@ -16,12 +19,15 @@ def checkpoint_margins(model: HookedModel, run: Run, questions: Any, precision: 
         run: of :func:`emlens.finetune`.
         questions: with contrast answers; a stated subset if need be.
         precision: as in :meth:`HookedModel.margin`.
+        steps: which of the kept steps; default all.
 
     Returns:
         DataFrame ``step, heldout_loss, heldout_se, id, category, margin`` (nats/token); step 0 is the model before tuning.
     """
     rows = []
     for point in run.checkpoints.itertuples():
+        if steps is not None and point.step not in steps:
+            continue
         if isinstance(point.path, str) and point.path:
             name = f"checkpoint {point.step}"
             model.add_adapter(name, point.path)
@@ -32,5 +38,7 @@ def checkpoint_margins(model: HookedModel, run: Run, questions: Any, precision: 
         else:
             margins = model.margin(questions, precision=precision)
         rows.append(margins.assign(step=point.step, heldout_loss=point.heldout_loss, heldout_se=point.heldout_se))
+    if not rows:
+        raise ValueError(f"none of the steps {sorted(steps or [])} was kept; kept are {run.checkpoints['step'].tolist()}")
     table = pd.concat(rows, ignore_index=True)
     return table[["step", "heldout_loss", "heldout_se", "id", *[c for c in ("category",) if c in table], "margin"]]

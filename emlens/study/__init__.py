@@ -86,7 +86,8 @@ class Study:
         config, seed = self.config, int(self.config.get("seed", 0))
         bench = Bench(config, folder / "pieces", versions())
         bench.tune()
-        margins, points, answers = bench.margins(), bench.checkpoints(), bench.answers()
+        margins, answers = bench.margins(), bench.answers()
+        points = bench.checkpoints(margins)
         first, after, training_before, training_after = bench.record()
         before = first[BEFORE]
         directions = bench.directions(after)

@@ -125,19 +125,27 @@ class Bench:
             out.append(table.assign(variant=label, question=self.questions["question"].to_numpy()))
         return pd.concat(out, ignore_index=True)[["variant", "id", "category", "question", "margin", "aligned_ll", "misaligned_ll"]]
 
-    def checkpoints(self) -> pd.DataFrame:
-        """The margin per checkpoint and question, on the stated subset."""
+    def checkpoints(self, margins: pd.DataFrame) -> pd.DataFrame:
+        """The margin per kept step and question, on the stated subset; step 0 and the last step are read from ``margins``."""
         subset = evenly(self.questions, self.config["score"]["checkpoint_questions"])
+        scored = margins[margins["id"].isin(subset["id"])]
         out = []
         for cell in self.grid:
             run, precision = self.runs[cell.label], self.config["score"].get("precision")
-            determined = {**self._variant(cell.label), "questions": fingerprint(subset), "precision": precision}
+            between = run.checkpoints["step"].tolist()[1:-1]
+            parts = []
+            for point, variant in ((run.checkpoints.iloc[0], BEFORE), (run.checkpoints.iloc[-1], cell.label)):
+                known = scored.loc[scored["variant"] == variant, ["id", "category", "margin"]]
+                parts.append(known.assign(**point[["step", "heldout_loss", "heldout_se"]].to_dict()))
+            if between:
+                determined = {**self._variant(cell.label), "questions": fingerprint(subset), "precision": precision, "steps": between}
 
-            def make(run: Run = run, precision: str | None = precision) -> pd.DataFrame:
-                self._on(BEFORE)
-                return checkpoint_margins(self.model, run, subset, precision)
+                def make(run: Run = run, precision: str | None = precision, between: list[int] = between) -> pd.DataFrame:
+                    self._on(BEFORE)
+                    return checkpoint_margins(self.model, run, subset, precision, between)
 
-            out.append(self.pieces.table("checkpoints", f"checkpoints {cell.label}", determined, make).assign(**cell.facts))
+                parts.insert(1, self.pieces.table("checkpoints", f"checkpoints {cell.label}", determined, make))
+            out += [part.assign(**cell.facts) for part in parts]
         return pd.concat(out, ignore_index=True)
 
     def answers(self) -> pd.DataFrame:
