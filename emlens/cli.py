@@ -1,7 +1,6 @@
 """The command line: demo, study run, report. Thin: it reads arguments, calls the rooms, and turns their errors into one line."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 only when all went well."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while others work cost up to ten times on a shared machine
     parser = _parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "act"):
