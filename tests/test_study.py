@@ -190,12 +190,12 @@ def test_ten_kills_chained_end_in_the_same_numbers(finished, study_file, tmp_pat
     killed = 0
     for _ in range(10):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(4, 14))
+        time.sleep(rng.uniform(2, 7))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.wait()
-    assert killed >= 3, "the runs ended before they could be killed: shorten the waits"
+    assert killed >= 5, "the runs ended before they could be killed: shorten the waits"
     assert subprocess.run(command, capture_output=True).returncode == 0
     em.Study.load(study_file).run(finished)
     assert_same(out, finished)
