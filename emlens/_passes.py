@@ -131,5 +131,10 @@ def every_row(rows: Sequence[Sequence[int]]) -> Callable[[Tensor], Tensor]:
 
 
 def progress(batches: list[list[int]], what: str) -> Iterable[list[int]]:
+    """The batches, with a :func:`bar` beside them."""
+    return bar(what, "batch", batches)
+
+
+def bar(what: str, unit: str, over: Iterable[Any] | None = None, total: int | None = None) -> Any:
     """A bar with ETA for anything that takes longer than a few seconds; silent where ``EMLENS_QUIET`` is set or no terminal listens."""
-    return tqdm(batches, desc=what, unit="batch", delay=3, leave=False, disable=True if os.environ.get("EMLENS_QUIET") else None)
+    return tqdm(over, total=total, desc=what, unit=unit, delay=3, leave=False, disable=True if os.environ.get("EMLENS_QUIET") else None)

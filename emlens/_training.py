@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
@@ -31,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import loading
 from ._engines import find_blocks
-from ._passes import autocast, padded
+from ._passes import autocast, bar, padded
 from .models import HookedModel
 from .positions import Tokenizer, Tokens, tokenize
 
@@ -305,8 +303,7 @@ class Watch(TrainerCallback):
         self.steps, self.wanted, self.batch_size, self.monitors = settings["steps"], settings["checkpoints"], settings["batch_size"], monitors
         self.pad = int(model.tokenizer.pad_token_id or 0)
         self.rows: list[dict[str, Any]] = []
-        what = f"tune {settings['schedule']} seed {settings['seed']}"
-        self.bar = tqdm(total=self.steps, desc=what, unit="step", delay=3, leave=False, disable=True if os.environ.get("EMLENS_QUIET") else None)
+        self.bar = bar(f"tune {settings['schedule']} seed {settings['seed']}", "step", total=self.steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 0:

@@ -216,11 +216,10 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
             "Use the emlens that wrote it, or choose a new output folder."
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or any(not isinstance(f, dict) or not {"bytes", "sha256"} <= set(f) for f in files.values()):
+    whole = isinstance(files, dict) and all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values())
+    if not whole or digest_text(canonical(manifest.get("made_by"))) != manifest.get("made_by_sha256"):
         raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
-    if digest_text(canonical(manifest.get("made_by"))) != manifest.get("made_by_sha256"):
-        raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
-    for name, facts in files.items():
+    for name, facts in manifest["files"].items():
         path = folder / name
         if not path.exists():
             raise StoreError(f"{path} is missing. Delete the folder {folder} and run again: only this piece is made anew.")
