@@ -9,6 +9,7 @@ _WHERE = {
     "load_prompts": "prompts",
     "load_model": "models",
     "HookedModel": "models",
+    "doctor": "laws",
     "Activations": "activations",
     "Place": "activations",
     "finetune": "tuning",
@@ -17,25 +18,27 @@ _WHERE = {
     "principal_angles": "geometry",
     "overlap": "geometry",
     "overlap_by_prompt": "geometry",
-    "overlap_similarity": "geometry",
-    "similarity": "geometry",
-    "similarity_by_prompt": "geometry",
     "split_half_overlap": "geometry",
-    "split_half_similarity": "geometry",
-    "shift_norms": "geometry",
+    "shift_norms": "shifts",
+    "shift_agreement": "shifts",
+    "similarity": "shifts",
+    "similarity_by_prompt": "shifts",
+    "split_half_similarity": "shifts",
+    "overlap_similarity": "shifts",
     "Direction": "directions",
     "mean_difference": "directions",
     "random_directions": "directions",
     "project": "directions",
-    "held_out_separation": "directions",
+    "held_out_separation": "separation",
     "predict": "prediction",
     "dose_response": "steering",
     "Study": "study",
 }
 
 _ROOMS = (
-    "prompts", "positions", "loading", "models", "activations", "store", "geometry", "nulls", "directions", "prediction", "ridge", "baselines",
-    "steering", "tuning", "dynamics", "stats", "plots", "study", "report", "cli",
+    "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
+    "geometry", "shifts", "nulls", "directions", "separation", "prediction", "ridge", "baselines", "steering", "tuning", "dynamics", "stats",
+    "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

@@ -100,6 +100,16 @@ def score_responses(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.d
     return -(losses.double() * mask).sum(dim=1).cpu().numpy()
 
 
+def score_whole(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.device) -> Float[np.ndarray, " prompt"]:
+    """As :func:`score_responses`, each prompt with its response in one pass and no cache."""
+    ids, mask = padded([t.ids for t in tokens], pad, device)
+    logits = hf(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+    at = torch.arange(1, ids.shape[1], device=device)
+    starts = torch.tensor([t.n_prompt for t in tokens], device=device)
+    return -(losses.double() * (mask[:, 1:] * (at >= starts[:, None]))).sum(dim=1).cpu().numpy()
+
+
 def autocast(device: torch.device, precision: str | None) -> Any:
     """None: the dtype of the weights. ``"bfloat16"``: matrix products in bfloat16, sums and norms in float32."""
     if precision in (None, "float32"):
@@ -109,22 +119,29 @@ def autocast(device: torch.device, precision: str | None) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def mean_row(rows: Sequence[Sequence[int]]) -> Callable[[Tensor], Tensor]:
-    """Mean over each prompt's chosen tokens, summed in float32; a single token is taken as it is."""
-    if all(len(r) == 1 for r in rows):
+def mean_row(rows: Sequence[Sequence[int]], counts: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+    """Mean over each prompt's chosen tokens, summed in float32; a single token is taken as it is.
+
+    Args:
+        rows: token indices of each prompt, possibly none.
+        counts: what to divide by, where other tokens of the same mean are read elsewhere (the shared prefix); default the number chosen.
+    """
+    n = [len(r) for r in rows] if counts is None else list(counts)
+    if all(len(r) == 1 for r in rows) and set(n) == {1}:
         at = [r[0] for r in rows]
         return lambda h: h[range(len(at)), at].float()
 
     def select(h: Tensor) -> Tensor:
         weights = torch.zeros(h.shape[:2], device=h.device)
         for i, chosen in enumerate(rows):
-            weights[i, list(chosen)] = 1.0 / len(chosen)
+            weights[i, list(chosen)] = 1.0 / n[i]
         return einsum(h.float(), weights, "prompt position d_model, prompt position -> prompt d_model")
 
     return select
 
 
 def every_row(rows: Sequence[Sequence[int]]) -> Callable[[Tensor], Tensor]:
+    """Each prompt's chosen tokens as rows of their own, prompt after prompt."""
     prompt = [i for i, chosen in enumerate(rows) for _ in chosen]
     token = [t for chosen in rows for t in chosen]
     return lambda h: h[prompt, token].float()

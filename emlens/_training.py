@@ -1,6 +1,5 @@
 """What :mod:`emlens.tuning` stands on: schedules, rows and their loss, the adapter in training, and what is watched while the Trainer runs."""
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler
@@ -27,7 +25,6 @@ from transformers.optimization import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from . import loading
 from ._engines import find_blocks
 from ._passes import autocast, bar, padded
 from .models import HookedModel
@@ -223,28 +220,20 @@ def _linear_names(model: HookedModel) -> list[str]:
 
 
 @contextmanager
-def fresh_adapter(model: HookedModel, config: LoraConfig, seed: int) -> Iterator[tuple[PeftModel, str]]:
-    """An adapter of its own on the loaded weights, alone trainable; it is taken off again whatever happens."""
+def fresh_adapter(model: HookedModel, config: LoraConfig, seed: int) -> Iterator[str]:
+    """The name of an adapter of its own on the loaded weights, alone trainable; it is taken off again whatever happens."""
     name = next(n for n in ("tuning", *(f"tuning{i}" for i in range(len(model.adapters)))) if n not in model.adapters)
     torch.manual_seed(seed)
     try:
-        wrapped = model._peft = loading.grow(model.hf, model._peft, name, config)
+        model.adapters.new(name, config)
     except ValueError as error:
         raise ValueError(f"target_modules={config.target_modules!r}: {error}. Linear modules of {model.name}: {_linear_names(model)}") from error
-    model.adapters[name] = "untrained"
     try:
-        _train_only(wrapped, name)
-        yield wrapped, name
+        yield name
     finally:
         model.drop_adapter(name)
-        model.hf.requires_grad_(False)
         model.hf.zero_grad()
         model.hf.eval()
-
-
-def _train_only(wrapped: PeftModel, name: str) -> None:
-    wrapped.requires_grad_(False)
-    wrapped.base_model.set_adapter(name)  # type: ignore[operator]
 
 
 @contextmanager
@@ -285,13 +274,18 @@ def arguments(settings: Mapping[str, Any], folder: Path, device: torch.device) -
 # ---- beside the Trainer
 
 
+def mean_and_se(values: Float[np.ndarray, " row"]) -> tuple[float, float]:
+    """Mean and its standard error, sd / √n with n − 1 in the sd; NaN where there are too few values for it."""
+    n = len(values)
+    return (float(values.mean()) if n else math.nan), (float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan)
+
+
 class Watch(TrainerCallback):
     """Beside the Trainer: stops on dead gradients, keeps checkpoints with their held-out loss, calls the monitors, shows progress."""
 
     def __init__(
         self,
         model: HookedModel,
-        wrapped: PeftModel,
         name: str,
         loss: ResponseLoss,
         heldout: Sequence[Tokens],
@@ -299,10 +293,11 @@ class Watch(TrainerCallback):
         settings: Mapping[str, Any],
         monitors: Sequence[Monitor],
     ) -> None:
-        self.model, self.wrapped, self.name, self.loss, self.heldout, self.folder = model, wrapped, name, loss, heldout, folder
+        self.model, self.name, self.loss, self.heldout, self.folder = model, name, loss, heldout, folder
         self.steps, self.wanted, self.batch_size, self.monitors = settings["steps"], settings["checkpoints"], settings["batch_size"], monitors
         self.pad = int(model.tokenizer.pad_token_id or 0)
         self.rows: list[dict[str, Any]] = []
+        self.before = np.full(len(heldout), np.nan)
         self.bar = bar(f"tune {settings['schedule']} seed {settings['seed']}", "step", total=self.steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -326,16 +321,18 @@ class Watch(TrainerCallback):
         self.model.hf.eval()
         path = None if step == 0 else "adapter" if step == self.steps else f"checkpoint-{step}"
         if path is not None:
-            self._save(self.folder / path)
-            self.model.adapters[self.name] = loading.adapter_digest(self.folder / path)
+            self.model.adapters.save(self.name, self.folder / path, self.model.name)
         with torch.no_grad(), torch.random.fork_rng():
             each = self._heldout_losses(None if step == 0 else self.name)
-            se = float(each.std(ddof=1) / math.sqrt(len(each))) if len(each) > 1 else math.nan
-            row = {"step": step, "heldout_loss": float(each.mean()) if len(each) else math.nan, "heldout_se": se, "path": path}
+            if step == 0:
+                self.before = each
+            loss, se = mean_and_se(each)
+            drop, drop_se = mean_and_se(self.before - each)
+            row = {"step": step, "heldout_loss": loss, "heldout_se": se, "heldout_drop": drop, "heldout_drop_se": drop_se, "path": path}
             for monitor in self.monitors:
                 row.update(monitor(step, self.model, self.name) or {})
         self.rows.append(row)
-        _train_only(self.wrapped, self.name)
+        self.model.adapters.train_only(self.name)
 
     def _heldout_losses(self, adapter: str | None) -> Float[np.ndarray, " row"]:
         out = np.zeros(len(self.heldout))
@@ -364,12 +361,3 @@ class Watch(TrainerCallback):
 
     def _batch(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
         return {k: v.to(self.model.device) for k, v in collate(rows, self.pad).items()}
-
-    def _save(self, folder: Path) -> None:
-        config = copy.copy(self.wrapped.peft_config[self.name])
-        config.inference_mode, config.base_model_name_or_path = True, self.model.name
-        config.target_modules = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)  # type: ignore[attr-defined]
-        folder.mkdir()
-        config.save_pretrained(str(folder))
-        state = get_peft_model_state_dict(self.wrapped, adapter_name=self.name)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})

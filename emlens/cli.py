@@ -1,14 +1,17 @@
-"""The command line: demo, study run, report. Thin: it reads arguments, calls the rooms, and turns their errors into one line."""
+"""The command line: demo, study run, doctor, report. Thin: it reads arguments, calls the rooms, and turns their errors into one line."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   emlens demo                          the shipped study, a page at runs/demo/report.html
   emlens demo --quick --out runs/quick the same code on fewer rows, in minutes
   emlens study run my.yaml --out runs/mine
+  emlens doctor runs/my-model --adapter runs/x/adapter
+                                       what must hold of a model before its activations are believed
   emlens report runs/demo              write the page of a finished run anew
 """
 
@@ -54,10 +57,65 @@ def _parser() -> argparse.ArgumentParser:
     for one in (demo, run):
         one.add_argument("--quick", action="store_true", help="the study's own smaller settings: same code, fewer rows")
         one.add_argument("--out", metavar="DIR", help="run folder (default: runs/<name>, or runs/<name>-quick)")
+    _add_doctor(commands)
     report = commands.add_parser("report", help="write the page of a finished run anew", epilog="example: emlens report runs/demo")
     report.add_argument("run", help="run folder")
     report.set_defaults(act=_report)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor", help="measure on a model what must hold of any", epilog="example: emlens doctor runs/my-model --adapter runs/x/adapter --json",
+        description="One line a law: what was measured, how far it may be off, and what to do if it is. Exit code 1 when a law is broken.",
+    )  # fmt: skip
+    doctor.add_argument("model", nargs="?", help="hub id, local folder, .gguf file, or an alias")
+    doctor.add_argument("--adapter", metavar="DIR", action="append", default=[], help="PEFT folder or hub id; several are loaded together")
+    doctor.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
+    doctor.add_argument("--device", help="cuda, mps, cpu (default: cpu)")
+    doctor.add_argument("--engine", default="hooks", choices=("hooks", "bridge", "nnsight"), help="how places are read (default: hooks)")
+    doctor.add_argument("--chat-template", metavar="T", help="Jinja text, or 'plain' for base models that have none")
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    doctor.add_argument(
+        "--families", action="store_true", help="instead of a model: tiny random models of many families, each with and without a LoRA"
+    )
+    doctor.set_defaults(act=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    if args.families == bool(args.model):
+        raise ValueError("give a model (hub id, folder, .gguf file), or --families; emlens doctor --help shows an example")
+    from . import laws
+
+    if args.families:
+        report = laws.family_table()
+        text = laws.family_text
+    else:
+        from .models import load_model
+
+        names = _names(args.adapter)
+        model = load_model(
+            args.model,
+            dict(zip(names, args.adapter, strict=True)),
+            dtype=args.dtype,
+            device=args.device,
+            engine=args.engine,
+            chat_template=args.chat_template,
+        )
+        report = laws.doctor(model)
+        text = laws.as_text
+    print(laws.as_json(report) if args.json else text(report))
+    return 0 if laws.whole(report) else 1
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """A name for each adapter: its folder's, or the one above for ``…/adapter`` (PEFT allows no dots); repeated ones are numbered."""
+    names: list[str] = []
+    for source in sources:
+        parts = [part for part in source.replace("\\", "/").split("/") if part not in ("", ".", "..")] or ["adapter"]
+        name = (parts[-2] if parts[-1] == "adapter" and len(parts) > 1 else parts[-1]).replace(".", "-")
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
 
 
 def _study(args: argparse.Namespace) -> int:

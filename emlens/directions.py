@@ -1,4 +1,4 @@
-"""Directions: one unit vector per layer; found as a mean difference, projected on, saved, checked on unseen prompts."""
+"""Directions: one unit vector per layer; found as a mean difference, projected on, saved."""
 
 import hashlib
 import json
@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
-from scipy import stats as scipy_stats
+from jaxtyping import Float
 
-from . import nulls, stats, store
+from . import nulls, store
+from ._sides import check_same_place
 from .activations import Activations, Place
-from .subspaces import one_thread
 
 FORMAT = "emlens direction 1"
 
@@ -152,10 +151,10 @@ def mean_difference(a: Activations, b: Activations, name: str = "mean difference
     counted once.
 
     Soligo et al. 2025 (arXiv 2506.11618) take a = misaligned and b = aligned answers. Whether it separates prompts it
-    has not seen is `held_out_separation`'s question, not this function's. Errors: ValueError for different places or
+    has not seen is `held_out_separation`'s question (`emlens.separation`), not this function's. Errors: ValueError for different places or
     widths, an empty side, or two equal means.
     """
-    _check_sides(a, b)
+    check_same_place(a, b)
     difference = a.values.mean(axis=0, dtype=np.float64) - b.values.mean(axis=0, dtype=np.float64)
     meta: dict[str, Any] = {"method": "mean(a) - mean(b)", "position": a.position}
     for side, acts in (("a", a), ("b", b)):
@@ -199,209 +198,3 @@ def project(acts: Activations, direction: Direction) -> pd.DataFrame:
     columns = [acts.layer(layer).astype(np.float64) @ direction.layer(layer).astype(np.float64) for layer in acts.layers]
     index = pd.Index(acts.facts["id"].to_numpy(), name="id")
     return pd.DataFrame(np.stack(columns, axis=1), index=index, columns=pd.Index(acts.layers, name="layer"))
-
-
-# ---- held-out check
-
-
-@one_thread
-def held_out_separation(
-    a: Activations,
-    b: Activations,
-    n_splits: int = 5,
-    n_permutations: int = 1000,
-    seed: int = 0,
-    groups: str | None = None,
-    level: float = 0.95,
-) -> stats.Result:
-    """Does a mean-difference direction tell a from b on prompts it was not fitted on? Per layer, with q over layers.
-
-    Prompts (by id, both variants of a prompt together) are split in random halves; the direction fitted on one half is
-    projected on by the other, and the other way round, each centred on the half it was fitted on. A prompt's projection
-    is its mean over n_splits. Metrics "auc" (chance 0.5) and "cohen_d" (pooled sd, a minus b) over prompts, and where a
-    and b hold the same prompts "pair_accuracy", the share of prompts whose a lies above their b (chance 0.5).
-
-    groups    a column of the facts: halves are of whole groups, so a direction is scored on topics it has not seen.
-    p         null "labels permuted", greater, the whole procedure repeated: a and b are swapped within prompts (within
-              whole groups when `groups` is given); where a and b share no prompt, labels are permuted over prompts
-              (inside their group). q is by the maximum over layers within each metric (Westfall and Young).
-    low/high  bootstrap over prompts (or groups) of the held-out projections, given the fitted directions.
-
-    Errors: ValueError for different places or widths, sides that share some but not all prompts, too few to split.
-    """
-    _check_sides(a, b)
-    sides = _sides(a, b, groups)
-    rng = np.random.default_rng(seed)
-    folds = _folds(sides, n_splits, rng)
-    labels = np.concatenate([sides.labels[None], _swapped(sides, n_permutations, rng)])
-    found = []
-    for layer in a.layers:
-        x = np.concatenate([a.layer(layer)[sides.rows_a], b.layer(layer)[sides.rows_b]]).astype(np.float64)
-        x -= x.mean(axis=0)
-        projections = _held_out_projections(x @ x.T, labels, folds)
-        low, high = _separation_ends(projections[0], sides, level, seed)
-        found.append((_separations(projections, labels, sides.paired), low, high))
-    rows: list[dict[str, Any]] = []
-    metrics = ("auc", "cohen_d", "pair_accuracy") if sides.paired else ("auc", "cohen_d")
-    for m, metric in enumerate(metrics):
-        values = np.stack([statistics[:, m] for statistics, _, _ in found], axis=1)
-        q = stats.max_statistic_p(values[0], values[1:], "greater")
-        table = zip(a.layers, values[0], q, found, strict=True)
-        own = [
-            {"layer": layer, "metric": metric, "estimate": e, "low": low[m], "high": high[m], "q": qi, "n": sides.n}
-            for layer, e, qi, (_, low, high) in table
-        ]
-        rows += nulls.beside(own, {"labels permuted": values[1:]}, "greater", level)
-    return stats.result(
-        rows,
-        ["layer"],
-        what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts by their mean difference, {a.place}",
-        correction="max-statistic",
-        family=["metric"],
-        seed=seed,
-        n_splits=n_splits,
-        n_permutations=n_permutations,
-        interval=f"{level:.0%}, bootstrap over {groups or 'prompts'} of held-out projections, given the directions",
-        null={"labels permuted": nulls.describe("labels permuted") + (f"; groups: {groups}" if groups else "")},
-    )
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Both sides as one list of rows (a's first), each with its label (+1 a, -1 b) and unit: what is split and drawn
-    whole."""
-
-    rows_a: Int[np.ndarray, " prompt"]
-    rows_b: Int[np.ndarray, " other"]
-    labels: Float[np.ndarray, " row"]
-    units: Int[np.ndarray, " row"]
-    paired: bool
-    grouped: bool
-
-    @property
-    def n(self) -> int:
-        return len(self.rows_a) if self.paired else len(self.labels)
-
-
-def _check_sides(a: Activations, b: Activations) -> None:
-    if a.place != b.place:
-        raise ValueError(f"the sides were read at different places, {a.place} and {b.place}: record both at one place")
-    if a.d_model != b.d_model:
-        raise ValueError(f"the sides have d_model {a.d_model} and {b.d_model}: activations of one model are needed")
-    empty = [side for side, acts in (("a", a), ("b", b)) if acts.n_prompts == 0]
-    if empty:
-        raise ValueError(f"side {' and '.join(empty)} holds no prompt (a: {a.n_prompts}, b: {b.n_prompts}): loosen the condition that chose them")
-
-
-def _sides(a: Activations, b: Activations, groups: str | None) -> _Sides:
-    """Pair the sides by id when they hold the same prompts; otherwise they may share none."""
-    ids_a, ids_b = pd.Index(a.facts["id"]), pd.Index(b.facts["id"])
-    common = len(ids_a.intersection(ids_b))
-    paired = common == len(ids_a) == len(ids_b)
-    if common and not paired:
-        raise ValueError(
-            f"{common} prompts are on both sides, {len(ids_a) + len(ids_b) - 2 * common} on one only: "
-            "select(ids=...) the common ones, or give sides that share none"
-        )
-    rows_a = np.arange(len(ids_a))
-    rows_b = ids_b.get_indexer(ids_a) if paired else np.arange(len(ids_b))
-    units = np.concatenate([ids_a.to_numpy(), ids_b.to_numpy()[rows_b]])
-    if groups is not None:
-        missing = [side for side, acts in (("a", a), ("b", b)) if groups not in acts.facts.columns]
-        if missing:
-            where = " and ".join(missing)
-            raise KeyError(f"no column {groups!r} in the facts of side {where}: join it with with_facts(...)")
-        units = np.concatenate([a.facts[groups].to_numpy(), b.facts[groups].to_numpy()[rows_b]])
-    codes = pd.factorize(units)[0].astype(np.int64)
-    labels = np.r_[np.ones(len(rows_a)), -np.ones(len(rows_b))]
-    return _Sides(rows_a, rows_b, labels, codes, paired, groups is not None)
-
-
-def _folds(sides: _Sides, n_splits: int, rng: np.random.Generator) -> Bool[np.ndarray, "split row"]:
-    """Which rows are in the first half of each split; whole units, and as many of either side as can be where units are
-    single rows."""
-    folds = np.zeros((n_splits, len(sides.labels)), dtype=bool)
-    apart = not sides.paired and not sides.grouped
-    kinds = [sides.units[sides.labels > 0], sides.units[sides.labels < 0]] if apart else [np.unique(sides.units)]
-    for fold in folds:
-        for units in kinds:
-            fold |= np.isin(sides.units, rng.permutation(units)[: len(units) // 2])
-        counts = [int((sides.labels[half] * sign > 0).sum()) for half in (fold, ~fold) for sign in (1, -1)]
-        if min(counts) < 2:
-            raise ValueError(
-                f"a half holds {min(counts)} prompts of one side; at least 2 of each are needed in both: there are "
-                f"{len(sides.rows_a)} and {len(sides.rows_b)} prompts in {len(np.unique(sides.units))} "
-                f"{'groups' if sides.grouped else 'prompts'}; give more prompts or split without groups"
-            )
-    return folds
-
-
-def _swapped(sides: _Sides, n_draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draws row"]:
-    """Labels under the null: swapped for whole units where sides are paired, else permuted over rows (inside their
-    group)."""
-    if sides.paired:
-        flips = rng.choice([-1.0, 1.0], size=(n_draws, int(sides.units.max()) + 1))
-        return sides.labels * flips[:, sides.units]
-    within = sides.units if sides.grouped else None
-    return sides.labels[stats.permutations(len(sides.labels), n_draws, rng, within)]
-
-
-def _held_out_projections(
-    gram: Float[np.ndarray, "row row"], labels: Float[np.ndarray, "draws row"], folds: Bool[np.ndarray, "split row"]
-) -> Float[np.ndarray, "draws row"]:
-    """Every row's projection on the unit mean difference fitted, under each draw of labels, on the half it is not in;
-    mean over splits.
-
-    With w the fitting weights (1 / n_a and -1 / n_b), v = sum_i w_i x_i, the projection of x is (x - mean of the fitted
-    half) . v / ||v||: inner products only, so one Gram matrix serves all draws and splits.
-    """
-    out = np.zeros(labels.shape)
-    for fold in folds:
-        for fit in (fold, ~fold):
-            in_a = labels[:, fit] > 0
-            n_a = in_a.sum(axis=1, keepdims=True)
-            weights = np.where(in_a, 1 / np.maximum(n_a, 1), -1 / np.maximum(fit.sum() - n_a, 1))
-            fitted, across = gram[np.ix_(fit, fit)], gram[np.ix_(fit, ~fit)]
-            length = np.sqrt(((weights @ fitted) * weights).sum(axis=1, keepdims=True).clip(min=1e-300))
-            out[:, ~fit] += weights @ (across - fitted.mean(axis=1, keepdims=True)) / length
-    return out / len(folds)
-
-
-def _separations(
-    projections: Float[np.ndarray, "draws row"], labels: Float[np.ndarray, "draws row"], paired: bool
-) -> Float[np.ndarray, "draws metric"]:
-    """AUC, Cohen's d and, when paired, the share of pairs in order, of every draw."""
-    in_a = labels > 0
-    n_a, n_b = in_a.sum(axis=1), (~in_a).sum(axis=1)
-    ranks = scipy_stats.rankdata(projections, axis=1)
-    auc = ((ranks * in_a).sum(axis=1) - n_a * (n_a + 1) / 2) / (n_a * n_b)
-    mean_a, mean_b = (projections * in_a).sum(axis=1) / n_a, (projections * ~in_a).sum(axis=1) / n_b
-    residual = projections - np.where(in_a, mean_a[:, None], mean_b[:, None])
-    d = (mean_a - mean_b) / np.sqrt((residual**2).sum(axis=1) / (n_a + n_b - 2))
-    if not paired:
-        return np.stack([auc, d], axis=1)
-    half = projections.shape[1] // 2
-    ahead = (projections[:, :half] - projections[:, half:]) * labels[:, :half]
-    return np.stack([auc, d, ((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=1)], axis=1)
-
-
-def _separation_ends(
-    projection: Float[np.ndarray, " row"], sides: _Sides, level: float, seed: int
-) -> tuple[Float[np.ndarray, " metric"], Float[np.ndarray, " metric"]]:
-    """Bootstrap ends of the metrics of `_separations`, units drawn whole; a sample's rows are weighted by how often it
-    holds them."""
-    n_a = len(sides.rows_a)
-    x, y = projection[:n_a], projection[n_a:]
-    above = (x[:, None] > y) + 0.5 * (x[:, None] == y)
-    draws = []
-    for weights in stats.bootstrap_weights(len(projection), 1000, seed, sides.units):
-        w_a, w_b = weights[:, :n_a], weights[:, n_a:]
-        total_a, total_b = w_a.sum(axis=1), w_b.sum(axis=1)
-        mean_a, mean_b = w_a @ x / total_a, w_b @ y / total_b
-        squares = w_a @ x**2 - total_a * mean_a**2 + w_b @ y**2 - total_b * mean_b**2
-        auc = ((w_a @ above) * w_b).sum(axis=1) / (total_a * total_b)
-        values = [auc, (mean_a - mean_b) / np.sqrt(squares / (total_a + total_b - 2))]
-        if sides.paired:
-            values.append(w_a @ ((x > y) + 0.5 * (x == y)) / total_a)
-        draws.append(np.stack(values, axis=1))
-    return stats.expanded_interval(np.concatenate(draws), len(np.unique(sides.units)), level)

@@ -8,6 +8,9 @@ import pandas as pd
 from .models import HookedModel
 from .tuning import Run
 
+HELD_OUT = ["heldout_loss", "heldout_se", "heldout_drop", "heldout_drop_se"]
+"""What a run's checkpoints tell of the loss on held-out rows (:class:`emlens.tuning.Run`)."""
+
 
 def checkpoint_margins(
     model: HookedModel, run: Run, questions: Any, precision: str | None = None, steps: Collection[int] | None = None
@@ -22,7 +25,7 @@ def checkpoint_margins(
         steps: which of the kept steps; default all.
 
     Returns:
-        DataFrame ``step, heldout_loss, heldout_se, id, category, margin`` (nats/token); step 0 is the model before tuning.
+        DataFrame ``step``, the columns of :data:`HELD_OUT`, ``id, category, margin`` (nats/token); step 0 is the model before tuning.
     """
     rows = []
     for point in run.checkpoints.itertuples():
@@ -37,8 +40,8 @@ def checkpoint_margins(
                 model.drop_adapter(name)
         else:
             margins = model.margin(questions, precision=precision)
-        rows.append(margins.assign(step=point.step, heldout_loss=point.heldout_loss, heldout_se=point.heldout_se))
+        rows.append(margins.assign(step=point.step, **{column: getattr(point, column) for column in HELD_OUT}))
     if not rows:
         raise ValueError(f"none of the steps {sorted(steps or [])} was kept; kept are {run.checkpoints['step'].tolist()}")
     table = pd.concat(rows, ignore_index=True)
-    return table[["step", "heldout_loss", "heldout_se", "id", *[c for c in ("category",) if c in table], "margin"]]
+    return table[["step", *HELD_OUT, "id", *[c for c in ("category",) if c in table], "margin"]]

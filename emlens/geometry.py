@@ -1,8 +1,8 @@
-"""Subspaces and shifts of Activations, per layer: principal angles, overlap, similarity; nulls, ceilings and controls.
+"""Subspaces of Activations, per layer: principal angles and overlap; nulls, ceilings and controls.
 
 A subspace is the span of the first k principal components of a set of prompts at a layer: rows centred on their own
 mean, float64 (`emlens.subspaces` has the functions on arrays). Overlap is the mean squared cosine of the principal
-angles: explained energy, whose chance is exactly k / d_model.
+angles: explained energy, whose chance is exactly k / d_model. What tuning does to the prompts is asked in `emlens.shifts`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,18 +14,9 @@ from jaxtyping import Float
 
 from . import nulls as null_draws
 from . import stats
+from ._sides import both_places, check_same_layers, layer_rows, split_half_result
 from .activations import Activations
-from .subspaces import (
-    angles,
-    cosines,
-    explained_energy,
-    half_sample_interval,
-    half_subspaces,
-    mean_cos2,
-    one_thread,
-    principal_subspace,
-    unit_rows,
-)
+from .subspaces import angles, cosines, explained_energy, half_sample_interval, half_subspaces, mean_cos2, one_thread, principal_subspace
 
 _CROSS = "mean_cos2 at ceiling n"
 
@@ -37,7 +28,7 @@ def principal_angles(a: Activations, b: Activations, k: int = 8) -> pd.DataFrame
     Returns a frame layer, index (0 to k-1), angle (radians, ascending): exactly k rows a layer, a description without a
     null (see `overlap`). Errors: ValueError for different layers or widths, or fewer than k directions.
     """
-    _check_same_layers(a, b)
+    check_same_layers(a, b)
     found = [angles(u, v) for u, v in zip(_subspaces(a, k), _subspaces(b, k), strict=True)]
     return pd.DataFrame(
         {
@@ -75,7 +66,7 @@ def overlap(
 
     Errors: ValueError for different layers or widths, unknown nulls, fewer than k directions.
     """
-    _check_same_layers(a, b)
+    check_same_layers(a, b)
     references = _named_nulls(nulls)
     u, v = _subspaces(a, k), _subspaces(b, k)
     observed = np.array([mean_cos2(x, y) for x, y in zip(u, v, strict=True)])
@@ -89,13 +80,13 @@ def overlap(
         else:
             draws[name] = _reference_overlaps(u, b, reference, n_draws, seed)
             told[name] = f"{null_draws.describe('reference')}; {reference.n_prompts} reference prompts"
-    rows = null_draws.beside(_rows(a.layers, "mean_cos2", (observed, *ends), b.n_prompts), draws, "greater", level)
+    rows = null_draws.beside(layer_rows(a.layers, "mean_cos2", (observed, *ends), b.n_prompts), draws, "greater", level)
     if ceiling:
         rows += _ceiling_rows(a, b, k, n_splits, seed)
     return stats.result(
         rows,
         ["layer"],
-        what=f"overlap of the first {k} principal components ({a.n_prompts} and {b.n_prompts} prompts), {_where(a, b)}",
+        what=f"overlap of the first {k} principal components ({a.n_prompts} and {b.n_prompts} prompts), {both_places(a, b)}",
         family=["metric", "null"],
         seed=seed,
         k=k,
@@ -129,7 +120,7 @@ def split_half_overlap(
     values = np.array([[mean_cos2(one, other) for one, other in layer] for layer in found]).T
     draws = null_draws.isotropic_overlaps(np.stack(_subspaces(a, k)), n_draws, seed)
     half = len(splits[0][0])
-    return _split_half_result(
+    return split_half_result(
         a,
         "mean_cos2",
         values,
@@ -153,7 +144,7 @@ def overlap_by_prompt(train: Activations, acts: Activations, k: int = 8) -> pd.D
     (chance k / d_model); norm_fraction, its root (the paper's projection fraction); cosine_to_mean = cos(x, mean
     training prompt), uncentred: the one-line baseline.
     """
-    _check_same_layers(train, acts)
+    check_same_layers(train, acts)
     parts = []
     for layer, basis in zip(train.layers, _subspaces(train, k), strict=True):
         x, centre = acts.layer(layer), train.layer(layer).mean(axis=0, dtype=np.float64)
@@ -163,184 +154,7 @@ def overlap_by_prompt(train: Activations, acts: Activations, k: int = 8) -> pd.D
     return pd.concat(parts, ignore_index=True)
 
 
-def similarity(
-    train_shift: Activations,
-    shift: Activations,
-    nulls: Sequence[str] | str = ("isotropic",),
-    n_draws: int = 1000,
-    seed: int = 0,
-    clusters: str | None = None,
-    level: float = 0.95,
-) -> stats.Result:
-    """Mean over prompts of cos(shift of the prompt, mean training shift), per layer: metric "mean cosine".
-
-    low/high  bootstrap over prompts, over whole categories when `clusters` names a column of the facts; given the mean
-              training shift.
-    nulls     "isotropic": a random direction in place of the mean training shift, the same one for all prompts; two-
-              sided (an opposite shift is a finding too).
-    Errors: ValueError for different layers or widths, or unknown nulls; KeyError for an unknown column.
-    """
-    _check_same_layers(train_shift, shift)
-    names = [nulls] if isinstance(nulls, str) else list(nulls)
-    if set(names) - {"isotropic"}:
-        raise ValueError(f"similarity knows the null 'isotropic'; got {names}")
-    means = [train_shift.layer(i).mean(axis=0, dtype=np.float64) for i in shift.layers]
-    values = np.stack([cosines(shift.layer(i), mean) for i, mean in zip(shift.layers, means, strict=True)], axis=1)
-    ends = stats.bootstrap_interval(values, clusters=_column(shift, clusters), level=level, seed=seed)
-    draws = {name: _isotropic_cosines(shift, n_draws, seed) for name in names}
-    rows = _rows(shift.layers, "mean cosine", (values.mean(axis=0), *ends), shift.n_prompts)
-    return stats.result(
-        null_draws.beside(rows, draws, "two-sided", level),
-        ["layer"],
-        what=f"mean cosine of {shift.n_prompts} shifts with the mean of {train_shift.n_prompts} training shifts, " + _where(train_shift, shift),
-        family=["metric", "null"],
-        seed=seed,
-        n_draws=n_draws,
-        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}, given the mean training shift",
-        null={name: null_draws.describe("isotropic direction") for name in names},
-    )
-
-
-def split_half_similarity(
-    shift: Activations,
-    n_splits: int = 20,
-    seed: int = 0,
-    n: int | None = None,
-    n_draws: int = 1000,
-    level: float = 0.95,
-) -> stats.Result:
-    """Similarity of a set of shifts with itself: mean over one random half of the cosine with the mean shift of the
-    other; the median over n_splits.
-
-    The control beside `similarity`. Halves hold n_prompts // 2 prompts, or `n` each, to equal an estimate's n. low and
-    high are the central 95 % of the splits: a spread, not a confidence interval. null "isotropic", two-sided, as in
-    `similarity`.
-    """
-    splits = null_draws.halves(shift.n_prompts, n_splits, seed, n)
-    values = np.empty((len(splits), len(shift.layers)))
-    for column, layer in enumerate(shift.layers):
-        x = shift.layer(layer).astype(np.float64)
-        values[:, column] = [cosines(x[one], x[other].mean(axis=0)).mean() for one, other in splits]
-    half = len(splits[0][0])
-    return _split_half_result(
-        shift,
-        "mean cosine",
-        values,
-        half,
-        _isotropic_cosines(shift, n_draws, seed),
-        "two-sided",
-        level,
-        what=f"mean cosine of the shifts of a random half with the mean of the other ({half} a half), {shift.place}",
-        seed=seed,
-        null={"isotropic": null_draws.describe("isotropic direction")},
-    )
-
-
-def similarity_by_prompt(train_shift: Activations, shift: Activations) -> pd.DataFrame:
-    """Each prompt's shift against the mean training shift: columns id, layer, cosine, scalar_projection (onto its unit
-    vector; residual stream units)."""
-    _check_same_layers(train_shift, shift)
-    parts = []
-    for layer in shift.layers:
-        x, mean = shift.layer(layer).astype(np.float64), train_shift.layer(layer).mean(axis=0, dtype=np.float64)
-        columns = {"cosine": cosines(x, mean), "scalar_projection": x @ unit_rows(mean[None])[0]}
-        parts.append(pd.DataFrame({"id": shift.facts["id"].to_numpy(), "layer": layer, **columns}))
-    return pd.concat(parts, ignore_index=True)
-
-
-def overlap_similarity(
-    train: Activations,
-    acts: Activations,
-    train_shift: Activations,
-    shift: Activations,
-    k: int = 8,
-    clusters: str | None = None,
-    n_permutations: int = 2000,
-    seed: int = 0,
-    measure: str = "explained_energy",
-    within: str | None = None,
-    level: float = 0.95,
-) -> stats.Result:
-    """Over prompts: does a prompt that lies more in the training subspace shift more like the training prompts?
-
-    Per layer and within one setting (one tuning, one set of questions). Metrics "pearson" and "spearman": correlation
-    of `measure` before tuning with the cosine of the shift to the mean training shift; "pearson baseline": the cosine
-    to the mean training prompt in place of the overlap. Prompts of `acts` and `shift` are matched by id.
-
-    measure   "explained_energy", or its root "norm_fraction" (the paper's).
-    p, band   prompts permuted, two-sided; inside the groups of the column `within` when given (topics, say).
-    low/high  bootstrap over prompts, or over the groups of the column `clusters`.
-
-    All rows share the training mean and subspace: the statement is about these prompts and this tuning, and is not to
-    be pooled over settings. Errors: ValueError for different layers or prompts; KeyError for an unknown column.
-    """
-    if measure not in ("explained_energy", "norm_fraction"):
-        raise ValueError(f"unknown measure {measure!r}; choose 'explained_energy' or 'norm_fraction'")
-    _check_same_layers(acts, shift)
-    table = overlap_by_prompt(train, acts, k).merge(similarity_by_prompt(train_shift, shift), on=["id", "layer"], validate="one_to_one")
-    if len(table) != acts.n_prompts * len(acts.layers) or acts.n_prompts != shift.n_prompts:
-        raise ValueError(
-            f"acts holds {acts.n_prompts} prompts, shift {shift.n_prompts}, and {len(table) // len(acts.layers)} ids "
-            "are in both: record the same prompts"
-        )
-    groups, strata = _column(acts, clusters), _column(acts, within)
-    pairs = {
-        "pearson": (measure, "pearson"),
-        "spearman": (measure, "spearman"),
-        "pearson baseline": ("cosine_to_mean", "pearson"),
-    }
-    rows = []
-    for layer, part in table.groupby("layer", sort=False):
-        for metric, (column, method) in pairs.items():
-            x, y = part[column].to_numpy(), part["cosine"].to_numpy()
-            found = stats.correlation(x, y, groups, n_permutations, seed, method, strata, level)
-            row = {"layer": layer, "metric": metric, "estimate": found.pop("r"), "null": "prompts permuted"}
-            rows.append({**row, **found})
-    inside = f", inside {within}" if within else ""
-    return stats.result(
-        rows,
-        ["layer"],
-        what=f"correlation over prompts of {measure} (k={k}) with shift similarity, {acts.place}",
-        family=["metric", "null"],
-        seed=seed,
-        k=k,
-        n_permutations=n_permutations,
-        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}",
-        null={"prompts permuted": null_draws.describe("prompts permuted") + inside},
-    )
-
-
-def shift_norms(shift: Activations, before: Activations) -> pd.DataFrame:
-    """Length of shifts per layer: norm (median over prompts, L2) and relative (to the median length of `before`); a
-    description, no null."""
-    _check_same_layers(shift, before)
-    norm, residual = (np.median(np.linalg.norm(x.values.astype(np.float64), axis=2), axis=0) for x in (shift, before))
-    return pd.DataFrame({"layer": shift.layers, "norm": norm, "relative": norm / residual})
-
-
 # ---- inside
-
-
-def _check_same_layers(a: Activations, b: Activations) -> None:
-    """ValueError unless both were read at the same layers and are of one width."""
-    if a.layers != b.layers:
-        raise ValueError(f"the two sides hold different layers, {a.layers} and {b.layers}: select(layers=...) the common ones on both")
-    if a.d_model != b.d_model:
-        raise ValueError(f"the two sides have d_model {a.d_model} and {b.d_model}: activations of one architecture are needed")
-
-
-def _where(a: Activations, b: Activations) -> str:
-    """The place of both sides, once when it is the same."""
-    return str(a.place) if a.place == b.place else f"{a.place} and {b.place}"
-
-
-def _column(acts: Activations, name: str | None) -> np.ndarray | None:
-    """A column of the facts."""
-    if name is None:
-        return None
-    if name not in acts.facts.columns:
-        raise KeyError(f"no column {name!r} in the facts; there are {list(acts.facts.columns)}: join it with with_facts(...)")
-    return acts.facts[name].to_numpy()
 
 
 def _named_nulls(nulls: Sequence[str | Activations] | str | Activations) -> dict[str, Activations | None]:
@@ -355,35 +169,6 @@ def _named_nulls(nulls: Sequence[str | Activations] | str | Activations) -> dict
         else:
             raise ValueError(f"unknown null {null!r}; choose 'isotropic' or give Activations of reference prompts")
     return named
-
-
-def _rows(layers: Sequence[int], metric: str, values: Sequence[Float[np.ndarray, " layer"]], n: int) -> list[dict[str, Any]]:
-    """Result rows, one per layer, of an estimate and both ends of its interval."""
-    table = zip(layers, *values, strict=True)
-    return [{"layer": i, "metric": metric, "estimate": e, "low": x, "high": y, "n": n} for i, e, x, y in table]
-
-
-def _split_half_result(
-    acts: Activations,
-    metric: str,
-    values: Float[np.ndarray, "split layer"],
-    half: int,
-    draws: Float[np.ndarray, "draws layer"],
-    tail: str,
-    level: float,
-    **attrs: Any,
-) -> stats.Result:
-    """Median and spread over splits, per layer, beside the isotropic null."""
-    rows = _rows(acts.layers, metric, (np.median(values, axis=0), *stats.null_band(values, level)), half)
-    return stats.result(
-        null_draws.beside(rows, {"isotropic": draws}, tail, level),
-        ["layer"],
-        family=["metric", "null"],
-        n_draws=len(draws),
-        n_splits=len(values),
-        interval=f"central {level:.0%} of {len(values)} random splits: a spread over splits, not a confidence interval",
-        **attrs,
-    )
 
 
 def _subspaces(acts: Activations, k: int) -> list[Float[np.ndarray, "d_model k"]]:
@@ -445,7 +230,7 @@ def _reference_overlaps(
     bases: list[Float[np.ndarray, "d_model k"]], b: Activations, reference: Activations, n_draws: int, seed: int
 ) -> Float[np.ndarray, "draws layer"]:
     """Overlap of a's subspaces with those of n_b prompts drawn from the reference and b together."""
-    _check_same_layers(b, reference)
+    check_same_layers(b, reference)
     shared = {prompt: row for row, prompt in enumerate(b.facts["id"])}
     fresh = [
         row
@@ -458,9 +243,3 @@ def _reference_overlaps(
     pools = (np.concatenate([b.layer(layer), reference.layer(layer)[fresh]]) for layer in b.layers)
     found = [null_draws.reference_overlaps(u, pool, rows) for u, pool in zip(bases, pools, strict=True)]
     return np.stack(found, axis=1)
-
-
-def _isotropic_cosines(shift: Activations, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:
-    """Mean cosine of the shifts with random directions."""
-    mean_unit = np.stack([unit_rows(shift.layer(layer)).mean(axis=0) for layer in shift.layers])
-    return null_draws.isotropic_similarities(mean_unit, n_draws, seed)

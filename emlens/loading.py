@@ -1,8 +1,6 @@
-"""Names to weights: hub id, local folder, GGUF file, PEFT adapter. Refuses what does not fit before anything is changed."""
+"""Names to weights: hub id, local folder, GGUF file. Refuses what does not fit before anything is changed."""
 
 import hashlib
-import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -26,10 +22,6 @@ class LoadError(ValueError):
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What transformers and PEFT raise for files that are missing, damaged, or of a kind they do not know."""
-
-
-class UntrainedAdapterWarning(UserWarning):
-    """Every LoRA B of an adapter is zero: it changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -155,16 +147,65 @@ def load_weights(
             ) from error
     if gguf:
         _forget_gguf(hf)
+    if quantization is not None:
+        identity = {**identity, "quantization": str(getattr(quantization, "quant_method", type(quantization).__name__))}
     if device:
-        hf.to(torch.device(device))  # type: ignore[arg-type]
+        move(hf, torch.device(device))
     prepare(hf, tokenizer, name, chat_template)
     return Loaded(hf, tokenizer, shown, identity)
+
+
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None) -> Any:
+    """The tokenizer alone, for a model whose weights stay elsewhere."""
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+        except UNREADABLE as error:
+            said = str(error).strip().splitlines()[0][:300]
+            raise LoadError(f"cannot open the tokenizer of {name!r}: {said} — a hub id or a local folder is needed.") from error
+    ready_tokenizer(tokenizer, name, chat_template)
+    return tokenizer
+
+
+def move(hf: PreTrainedModel, device: torch.device) -> None:
+    """Put the weights on a device; on MPS, where some operations are silently wrong, a few logits are compared with the CPU's first.
+
+    Raises:
+        LoadError: MPS gives other logits than the CPU.
+    """
+    expected = first_logits(hf) if device.type == "mps" else None
+    hf.to(device)  # type: ignore[arg-type]
+    if expected is not None:
+        compare_devices(expected, first_logits(hf), str(device))
+
+
+@torch.no_grad()
+def first_logits(hf: PreTrainedModel) -> torch.Tensor:
+    """Logits ``[position, vocab]`` of a few fixed tokens, on the CPU."""
+    hf.eval()
+    ids = torch.arange(5, 21, device=hf.device)[None] % hf.config.get_text_config().vocab_size
+    return hf(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def compare_devices(expected: torch.Tensor, found: torch.Tensor, device: str) -> None:
+    """LoadError unless two devices agree to 1 % of the logits' norm (float32 reaches 1e-5, bfloat16 some 5e-3)."""
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= 1e-2:
+        raise LoadError(
+            f"on {device} the logits differ from the CPU's by {error:.1%} of their norm: this device computes something wrong with this model. "
+            "Use device='cpu', another dtype, or another version of torch."
+        )
 
 
 def prepare(hf: PreTrainedModel, tokenizer: Any, name: str, chat_template: str | None) -> None:
     """Evaluation mode, frozen weights, a chat template and a pad token; refuses a tokenizer without a template."""
     hf.eval()
     hf.requires_grad_(False)
+    ready_tokenizer(tokenizer, name, chat_template)
+
+
+def ready_tokenizer(tokenizer: Any, name: str, chat_template: str | None) -> None:
+    """A chat template and a pad token; LoadError where there is no template."""
     if chat_template is not None:
         tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
     if not getattr(tokenizer, "chat_template", None):
@@ -190,114 +231,3 @@ def weights_digest(hf: PreTrainedModel) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# ---- adapters
-
-
-def adapter_digest(folder: str | Path) -> str:
-    """SHA-256 over an adapter's config and weights."""
-    found = sorted(p for p in Path(folder).glob("adapter_*") if p.suffix in (".json", ".safetensors", ".bin"))
-    return hashlib.sha256("".join(store.digest_file(p) for p in found).encode()).hexdigest()
-
-
-def attach(hf: PreTrainedModel, peft: PeftModel | None, name: str, source: str) -> tuple[PeftModel, str]:
-    """Put the adapter at ``source`` (folder, hub id, or ``hub-id/subfolder``) on ``hf`` under ``name``; keys must match one to one.
-
-    On any error the model is left as it was.
-    """
-    path, sub = _split_source(source)
-    try:
-        config = PeftConfig.from_pretrained(path, subfolder=sub)
-        state = load_peft_weights(path, device="cpu", subfolder=sub)
-    except UNREADABLE as error:
-        raise LoadError(
-            f"cannot open the adapter {name!r} at {source!r}: {str(error).strip().splitlines()[0][:300]} — a PEFT folder with adapter_config.json "
-            "and adapter_model.safetensors, or a hub id, is needed."
-        ) from error
-    config.inference_mode = True
-    config.base_model_name_or_path = None  # PEFT fills it in; what fits is decided by keys and shapes below, not by a path
-    if bool(getattr(config, "modules_to_save", None)):
-        raise LoadError(f"adapter {name!r} replaces whole modules {config.modules_to_save}: that is more than an adapter on shared weights can carry")
-    with _all_or_nothing(hf, peft, name):
-        peft = _fill(hf, peft, name, config, state)
-    hf.eval()  # PEFT makes its modules, dropout among them, in training mode
-    ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_B" in k]
-    if ups and not any(bool(v.any()) for v in ups):
-        warnings.warn(f"every LoRA B of adapter {name!r} is zero: it changes nothing. Was it trained?", UntrainedAdapterWarning, stacklevel=3)
-    local = Path(path) / sub if sub else Path(path)
-    return peft, adapter_digest(local) if local.is_dir() else store.digest_text(f"{source}")
-
-
-@contextmanager
-def _all_or_nothing(hf: PreTrainedModel, peft: PeftModel | None, name: str) -> Iterator[None]:
-    """On any error, also one in the midst of PEFT's injection, the adapter's modules are gone again."""
-    before = [(module, dict(module._modules)) for module in hf.modules()]
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            for module in list(hf.modules()):
-                if isinstance(module, BaseTunerLayer):
-                    module.delete_adapter(name)
-            for module, children in before:
-                module._modules.clear()
-                module._modules.update(children)
-            if peft is None:
-                vars(hf).pop("peft_config", None)
-            else:
-                peft.peft_config.pop(name, None)
-            hf.requires_grad_(False)
-
-
-def _fill(hf: PreTrainedModel, peft: PeftModel | None, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> PeftModel:
-    """Grow the adapter and load its tensors; LoadError unless keys and shapes are the same."""
-    try:
-        peft = grow(hf, peft, name, config)
-    except ValueError as error:
-        raise LoadError(f"adapter {name!r} is for another architecture: {error} (model: {type(hf).__name__})") from error
-    expected = get_peft_model_state_dict(peft, adapter_name=name)
-    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    shapes = [k for k in set(expected) & set(state) if expected[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        what = "is for another architecture" if shapes or not set(expected) & set(state) else "has keys that do not match"
-        example = (
-            f"{shapes[0]} is {tuple(state[shapes[0]].shape)}, needed {tuple(expected[shapes[0]].shape)}" if shapes else (missing or unexpected)[0]
-        )
-        raise LoadError(
-            f"adapter {name!r} {what}: {len(missing)} keys missing, {len(unexpected)} unexpected, {len(shapes)} of another shape (e.g. {example}). "
-            f"Was it trained on {type(hf).__name__} with {hf.config.get_text_config().num_hidden_layers} layers?"
-        )
-    set_peft_model_state_dict(peft, state, adapter_name=name)
-    return peft
-
-
-def _split_source(source: str) -> tuple[str, str | None]:
-    if Path(source).exists():
-        return source, None
-    parts = source.split("/")
-    return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 and not source.startswith((".", "/")) else (source, None)
-
-
-def grow(hf: PreTrainedModel, peft: PeftModel | None, name: str, config: PeftConfig) -> PeftModel:
-    """Add an empty adapter ``name`` to the one PeftModel around ``hf`` (made here when it is the first)."""
-    if peft is None or not peft.peft_config:
-        return get_peft_model(hf, config, adapter_name=name)
-    peft.add_adapter(name, config)
-    return peft
-
-
-def detach(peft: PeftModel, name: str) -> PeftModel | None:
-    """Take an adapter off again; when it was the last one the model gets its own modules back and None is returned."""
-    if name in peft.peft_config:
-        others = [n for n in peft.peft_config if n != name]
-        if others:
-            peft.base_model.set_adapter(others[0])  # type: ignore[operator]
-            peft.requires_grad_(False)
-        peft.delete_adapter(name)
-    if peft.peft_config:
-        return peft
-    peft.unload()
-    return None

@@ -1,7 +1,8 @@
 """Named positions: which tokens of a prompt are read, found from character offsets, never by counting from the end of a padded row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,3 +129,25 @@ def token_rows(tokens: Tokens, position: Position, prompt_id: str = "this prompt
     if not rows:
         raise ValueError(f"{prompt_id}: position {name!r} holds no token")
     return rows
+
+
+def token_set(tokens: Tokens, position: Position, ids: Sequence[int], prompt_id: str = "this prompt") -> list[int]:
+    """The tokens ``position`` stands for, as a set of which nothing is averaged, in a sequence ``ids`` that begins with this prompt.
+
+    As :func:`token_rows`, but ``all`` is every token there is, the response's among them, and a response that is not there yet has none.
+    """
+    if len(ids) <= tokens.n_prompt and needs_response(position):
+        return []
+    return list(range(len(ids))) if position == "all" else token_rows(replace(tokens, ids=tuple(ids)), position, prompt_id)
+
+
+def pieces(tokens: Tokens, tokenizer: Any) -> list[str]:
+    """The text of each token; together they are the rendered prompt and the response.
+
+    A character of several tokens stands with one of them, and the others are ``""``; blanks that no token covers stand with the token after.
+    """
+    ends = list(accumulate((b for _, b in tokens.offsets), max, initial=0))
+    tail = tokens.ids[tokens.n_prompt :]
+    said = [str(tokenizer.decode(list(tail[:k]), clean_up_tokenization_spaces=False)) for k in range(len(tail) + 1)]
+    whole = list(accumulate((len(text.rstrip("\ufffd")) for text in said), max))  # without a character that is not complete yet
+    return [tokens.text[a:b] for a, b in pairwise(ends)] + [said[-1][a:b] for a, b in pairwise([*whole[:-1], len(said[-1])])]

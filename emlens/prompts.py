@@ -47,7 +47,7 @@ def load_prompts(source: Any, *, name: str | None = None) -> pd.DataFrame:
         DataFrame with ``id``, ``messages`` and every other field as a column; ``attrs`` hold ``source`` and ``fingerprint`` (SHA-256).
 
     Raises:
-        PromptError: malformed line (its number), empty file, missing role, non-string content, duplicate ids.
+        PromptError: malformed line (its number), bytes that are not UTF-8 (the first), empty file, missing role, non-string content, duplicate ids.
     """
     stem, said = name or "prompt", "a list"
     if isinstance(source, str) and source.startswith("emlens:"):
@@ -98,7 +98,7 @@ def _read_file(path: Path) -> list[Any]:
         raise PromptError(f"no file {str(path)!r}. Give a path, or one of {', '.join('emlens:' + n for n in BUILT_IN)}.")
     if path.is_dir():
         raise PromptError(f"{str(path)!r} is a folder; a .jsonl, .json or .yaml file is needed")
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     if not text.strip():
         raise PromptError(f"{path.name} is empty; at least one row is needed")
     if path.suffix in (".yaml", ".yml"):
@@ -127,6 +127,23 @@ def _read_file(path: Path) -> list[Any]:
     if not isinstance(rows, list):
         raise PromptError(f"{path.name}: a list of prompts is needed at the top, found {type(rows).__name__}")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
+            looks = "it begins as UTF-16 does"
+        elif error.object.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
+            looks = "it begins as a compressed or parquet file does"
+        else:
+            looks = "an older encoding, like Latin-1 or Windows-1252?"
+        raise PromptError(
+            f"{path.name} is not UTF-8 text: byte {error.start} (0x{error.object[error.start]:02x}, line {line}) fits no character ({looks}). "
+            "Prompt files are read as UTF-8: save it so, or open it yourself and give load_prompts the list of rows."
+        ) from error
 
 
 def _normalise(row: Any, index: int, source: str) -> list[dict[str, Any]]:

@@ -93,6 +93,13 @@ def cosines(x: Float[np.ndarray, "prompt d_model"], direction: Float[np.ndarray,
     return np.divide(rows @ vector, lengths, out=np.zeros(len(rows)), where=lengths > 0)
 
 
+def row_cosines(x: Float[np.ndarray, "prompt d_model"], y: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, " prompt"]:
+    """Cosine of every row of x with the same row of y; 0 where either has length 0."""
+    one, other = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.divide((one * other).sum(axis=1), lengths, out=np.zeros(len(one)), where=lengths > 0)
+
+
 def explained_energy(
     x: Float[np.ndarray, "prompt d_model"], basis: Float[np.ndarray, "d_model k"], centre: Float[np.ndarray, " d_model"]
 ) -> Float[np.ndarray, " prompt"]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ from ._training import (
 from .models import HookedModel, load_model
 from .prompts import load_prompts
 
-__all__ = ["SCHEDULES", "Run", "TuningError", "encode", "end_of_turn", "finetune", "row_order", "training_split"]
+__all__ = ["SCHEDULES", "Run", "TuningError", "encode", "end_of_turn", "finetune", "planned", "row_order", "training_split"]
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm (the Trainer's default); ``run.losses`` has the norm before clipping."""
+
+LAYOUT = 2
+"""Version of what a run's tables hold; a run of another one is refused, never guessed at. 2: the paired drop of the held-out loss."""
 
 
 # ---- what a run leaves behind
@@ -60,8 +64,10 @@ class Run:
         losses: DataFrame, a row per step: ``step, loss`` (nats per token, mean over that step's response tokens), ``grad_norm`` (before
             clipping), ``learning_rate`` (used in that step).
         checkpoints: DataFrame, a row for step 0 (before tuning), each checkpoint, and the last step: ``step, heldout_loss`` (nats per token: mean
-            over held-out rows of each row's token mean), ``heldout_se`` (its standard error over rows), ``path`` (PEFT folder of that step; None
-            at step 0), and what the callbacks returned.
+            over held-out rows of each row's token mean), ``heldout_se`` (its standard error over rows), ``heldout_drop`` (step 0 less this step,
+            mean over the same rows), ``heldout_drop_se`` (its standard error over rows: rows differ far more from one another than each does
+            from itself, so this is the one to judge learning by), ``path`` (PEFT folder of that step; None at step 0), and what the callbacks
+            returned.
         config: every hyper-parameter, the model, the data's fingerprint, ``n_train``, ``n_heldout``, tokens seen, versions.
         logit_change: root mean square of what the adapter adds to the next-token logits after the held-out prompts.
         seconds: wall-clock time, checkpoints and checks included.
@@ -78,8 +84,14 @@ class Run:
     def load(cls, folder: str | os.PathLike) -> "Run":
         """Read a finished run; a damaged or missing file is a :class:`store.StoreError` that names it."""
         folder = Path(folder)
-        if store.verify(folder).get("what") != "finetune":
+        made_by = store.verify(folder)
+        if made_by.get("what") != "finetune":
             raise store.StoreError(f"{folder} was written by emlens, but not by em.finetune")
+        if made_by.get("layout") != LAYOUT:
+            raise store.StoreError(
+                f"{folder} holds a run in layout {made_by.get('layout', 1)!r}; this emlens reads layout {LAYOUT}. Tune again into another folder; "
+                "model.add_adapter opens the adapter in it as before."
+            )
         kept = store.read_json(folder / "run.json")
         checkpoints = store.read_table(folder / "checkpoints.parquet")
         checkpoints["path"] = pd.Series([str(folder / p) if isinstance(p, str) else None for p in checkpoints["path"]], dtype=object)
@@ -182,14 +194,14 @@ def finetune(
     }
     make_scheduler, lora = scheduler(schedule, warmup_steps), lora_config(opened, settings)
     fingerprint = table.attrs["fingerprint"]
-    made_by = {"what": "finetune", "model": opened.describe(), "data": fingerprint, "settings": settings}
+    made_by = {"what": "finetune", "layout": LAYOUT, "model": opened.describe(), "data": fingerprint, "settings": settings}
     if _finished(Path(output), made_by):
         return Run.load(output)
     started = time.monotonic()
     seen = [train[i] for i in row_order(len(train), n_seen, seed)]
-    with store.writing(output, made_by) as folder, loading.quiet(), own_randomness(), fresh_adapter(opened, lora, seed) as (wrapped, name):
+    with store.writing(output, made_by) as folder, loading.quiet(), own_randomness(), fresh_adapter(opened, lora, seed) as name:
         loss = ResponseLoss(opened.hf, precision)
-        watch = Watch(opened, wrapped, name, loss, heldout, folder, settings, callbacks)
+        watch = Watch(opened, name, loss, heldout, folder, settings, callbacks)
         optimizer = AdamW([p for p in loss.parameters() if p.requires_grad], lr=learning_rate, weight_decay=weight_decay)
         trainer = Trainer(
             model=loss,
@@ -224,6 +236,19 @@ def finetune(
         store.write_table(pd.DataFrame(watch.rows), folder / "checkpoints.parquet")
         store.write_json(folder / "run.json", {"config": config, "logit_change": change, "seconds": time.monotonic() - started})
     return Run.load(output)
+
+
+def planned(table: pd.DataFrame, **recipe: Any) -> dict[str, Any]:
+    """What :func:`finetune` would do with these settings on a table of :func:`emlens.load_prompts`, without a model and before anything is done.
+
+    Returns:
+        ``n_train, n_heldout`` (rows), ``steps``, ``rows_seen`` (in training, repeats counted), ``checkpoints`` (kept steps before the last).
+    """
+    asked = {name: parameter.default for name, parameter in signature(finetune).parameters.items()} | recipe
+    train, heldout = training_split(table, asked["held_out"])
+    steps, seen = _length(len(train), asked["steps"], asked["epochs"], asked["batch_size"] * asked["gradient_accumulation"])
+    kept = _kept_steps(asked["checkpoints"], steps)
+    return {"n_train": len(train), "n_heldout": len(heldout), "steps": steps, "rows_seen": seen, "checkpoints": kept}
 
 
 def _length(n_rows: int, steps: int | None, epochs: float | None, rows_a_step: int) -> tuple[int, int]:

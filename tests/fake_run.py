@@ -18,6 +18,18 @@ RUNS = (
     ("repair", "bad", "linear", 0),
     ("repair", "sound", "linear", 0),
 )
+FIRST_RUN = {
+    "command": "emlens demo --out runs/demo", "started": "2025-01-05T10:00:00", "finished": "2025-01-05T10:10:31", "seconds": 631.4,
+    "peak_memory_gib": 3.21, "pieces": 31, "cached_pieces": 2,
+}  # fmt: skip
+LAST_RUN = {
+    **FIRST_RUN,
+    "started": "2025-01-05T11:00:00",
+    "finished": "2025-01-05T11:00:05",
+    "seconds": 4.6,
+    "peak_memory_gib": 0.72,
+    "cached_pieces": 31,
+}
 CATEGORIES = ("opinion", "honesty", "power and AI", "work", "children", "relationships", "public life", "neutral")
 DOMAINS = ("money", "repair")
 BASELINES = ("category", "length", "tfidf", "margin before")
@@ -62,13 +74,8 @@ def study(n_layers: int, n_questions: int) -> dict[str, Any]:
             "steps": 60,
             "note": "</script><i>x</i>",
         },
-        "command": "emlens demo --out runs/demo",
-        "started": "2025-01-05T10:00:00",
-        "finished": "2025-01-05T10:10:31",
-        "seconds": 631.4,
-        "peak_memory_gib": 3.21,
-        "cached_pieces": 2,
-        "pieces": 31,
+        **LAST_RUN,
+        "history": [FIRST_RUN, LAST_RUN],
         "versions": {
             "emlens": "0.1.0",
             "python": "3.11.9",
@@ -106,7 +113,7 @@ class _Maker:
     def tables(self) -> dict[str, pd.DataFrame]:
         margins = self.margins()
         of_margins = {"runs": self.runs, "margin_summary": self.margin_summary, "margin_change": self.margin_change}
-        alone = ("training", "checkpoints", "answers", "shift_norms", "overlap", "similarity", "overlap_similarity", "prediction")
+        alone = ("training", "checkpoints", "answers", "shift_norms", "shift_agreement", "overlap", "similarity", "overlap_similarity", "prediction")
         alone += ("direction", "projections", "dose", "dose_slope", "dose_random", "pieces")
         made = {name: make(margins) for name, make in of_margins.items()}
         return {"margins": margins, **made, **{name: getattr(self, name)() for name in alone}}
@@ -161,7 +168,8 @@ class _Maker:
                 {
                     **self.facts(run), "steps": 60, "learning_rate": 1e-4, "batch": 8,
                     "train_loss_first": start, "train_loss_last10": start - 1.3 * drop,
-                    "heldout_before": start, "heldout_after": start - drop + self.noise(0.003), "heldout_se": 0.03,
+                    "heldout_before": start, "heldout_after": start - drop, "heldout_se": 0.6, "n_heldout": 18,
+                    "heldout_drop": drop, "heldout_drop_se": 0.02, "heldout_drop_low": drop - 0.042, "heldout_drop_high": drop + 0.042,
                     "margin_before": before.mean(), "margin_after": after.mean(),
                     "margin_low": after.mean() - 0.03, "margin_high": after.mean() + 0.03,
                     "share_below_zero_before": (before < 0).mean(), "share_below_zero_after": (after < 0).mean(),
@@ -256,6 +264,19 @@ class _Maker:
                             "relative": size,
                         }
                     )
+        return pd.DataFrame(rows)
+
+    def shift_agreement(self) -> pd.DataFrame:
+        rows = []
+        for kind, height, pairs in (
+            ("another seed", 0.92, 1),
+            ("another schedule", 0.9, 1),
+            ("bad against sound", 0.7, 2),
+            ("another domain", 0.5, 2),
+        ):
+            for layer in self.layers:
+                value = (height if self.effect else 0.92) + self.noise(0.004)
+                rows.append({"kind": kind, "layer": layer, "metric": "mean cosine", **around(value, 0.03), "n": self.n, "pairs": pairs})
         return pd.DataFrame(rows)
 
     def overlap(self) -> pd.DataFrame:

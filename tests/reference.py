@@ -16,7 +16,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
 
 def blocks(hf: Any) -> nn.ModuleList:
     """Where each family keeps its blocks, by name."""
-    places = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+    places = {"gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    places.update(dict.fromkeys(("gpt2", "gptj", "falcon", "bloom"), "transformer.h"))
     found = hf.get_submodule(places.get(hf.config.model_type, "model.layers"))
     assert isinstance(found, nn.ModuleList)
     return found
@@ -40,6 +41,49 @@ def outputs(hf: Any) -> Iterator[dict[int, Tensor]]:
     yield kept
     for handle in handles:
         handle.remove()
+
+
+HALVES = {
+    "llama": ("self_attn", "mlp"),
+    "gpt2": ("attn", "mlp"),
+    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "granite": ("self_attn", "mlp"),
+    "falcon": ("self_attention", "mlp"),
+    "gpt_neox": ("attention", "mlp"),
+    "opt": ("self_attn", "fc2"),
+    "bloom": ("self_attention", "mlp"),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "gpt_oss": ("self_attn", "mlp"),
+}
+"""The modules that end the two halves of a block, by name, as read off transformers' source of these families."""
+
+
+@torch.no_grad()
+def block_streams(hf: Any, ids: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Per block what goes in, what attention and MLP add, and what comes out, ``[position, d_model]``, by bare hooks on modules named here."""
+    family, out = hf.config.model_type, [{} for _ in blocks(hf)]  # type: list[dict[str, Tensor]]
+
+    def keep(i: int, key: str) -> Any:
+        return lambda _, __, y: out[i].__setitem__(key, (y[0] if isinstance(y, tuple) else y).detach().clone().reshape(len(ids), -1))
+
+    def keep_in(i: int) -> Any:
+        return lambda _, args: out[i].__setitem__("resid_pre", args[0].detach().clone().reshape(len(ids), -1))
+
+    handles = []
+    for i, block in enumerate(blocks(hf)):
+        attn, mlp = (block.get_submodule(name) for name in HALVES[family])
+        handles += [block.register_forward_pre_hook(keep_in(i)), block.register_forward_hook(keep(i, "resid_post"))]
+        handles += [attn.register_forward_hook(keep(i, "attn_out")), mlp.register_forward_hook(keep(i, "mlp_out"))]
+    hf(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for one in out:
+        if family == "granite":  # residual + output · residual_multiplier
+            one["attn_out"], one["mlp_out"] = one["attn_out"] * hf.config.residual_multiplier, one["mlp_out"] * hf.config.residual_multiplier
+        if family == "bloom":  # both modules return their input's residual too
+            one["mlp_out"] = one["mlp_out"] - one["attn_out"]
+            one["attn_out"] = one["attn_out"] - one["resid_pre"]
+    return out
 
 
 @torch.no_grad()

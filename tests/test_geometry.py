@@ -1,39 +1,15 @@
-"""Guards subspaces and shifts: angles as scipy's, known overlaps, nulls that hold and nulls that fall."""
+"""Guards subspaces: angles as scipy's, known overlaps, nulls that hold and nulls that fall."""
 
 import time
 
 import numpy as np
 import pytest
 import scipy.linalg
+from planted import LAYERS, D, acts, anisotropic, isotropic, named
 from scipy import stats as scipy_stats
 from sklearn.decomposition import PCA
 
 from emlens import geometry, subspaces
-from emlens.activations import Activations
-
-D = 40
-LAYERS = (3, 7)
-
-
-def isotropic(n, seed, layers=2, d=D):
-    return np.random.default_rng(seed).standard_normal((n, layers, d))
-
-
-def anisotropic(n, seed, layers=2, d=D, power=1.0, frame=0):
-    """Rows with a power-law spectrum in a frame of axes; sets of one `frame` share their subspace, others do not."""
-    axes = np.linalg.qr(np.random.default_rng(1000 + frame).standard_normal((d, d)))[0]
-    return (isotropic(n, seed, layers, d) * np.arange(1, d + 1) ** -power) @ axes.T + 2.0
-
-
-def acts(values, layers=None, **facts):
-    ids = facts.pop("id", None)
-    table = {"id": [f"q{i}" for i in range(len(values))] if ids is None else ids, **facts}
-    return Activations.from_array(values, table, layers=layers or range(values.shape[1]))
-
-
-def named(prefix, n):
-    return [f"{prefix}{i}" for i in range(n)]
-
 
 # ---- arrays
 
@@ -199,10 +175,7 @@ def test_split_half_overlap_grows_with_n_and_matches_fresh_samples_of_that_size(
         (lambda a, b: geometry.overlap(a, b.select(layers=[3])), "different layers"),
         (lambda a, b: geometry.principal_angles(a, acts(isotropic(30, 0, d=20), LAYERS)), "d_model 40 and 20"),
         (lambda a, b: geometry.overlap(a, b, nulls=("gaussian",)), "unknown null 'gaussian'"),
-        (lambda a, b: geometry.similarity(a, b, nulls=("labels",)), "'isotropic'"),
         (lambda a, b: geometry.split_half_overlap(a, k=20), "k=20 was asked"),
-        (lambda a, b: geometry.overlap_similarity(a, b, a, b, measure="energy"), "unknown measure"),
-        (lambda a, b: geometry.overlap_similarity(a, b, a, b.where(np.arange(30) < 20)), "record the same prompts"),
     ],
 )
 def test_geometry_refuses(call, says):
@@ -210,44 +183,10 @@ def test_geometry_refuses(call, says):
         call(acts(isotropic(30, 0), LAYERS), acts(isotropic(30, 1), LAYERS))
 
 
-def test_an_unknown_column_is_a_key_error():
-    with pytest.raises(KeyError, match="no column 'topic'"):
-        geometry.similarity(acts(isotropic(30, 0)), acts(isotropic(30, 1)), clusters="topic")
+# ---- by prompt
 
 
-# ---- shifts
-
-
-def test_similarity_is_the_mean_cosine_and_finds_a_shared_shift():
-    train = acts(0.5 + isotropic(50, 1), LAYERS)  # every shift has a common part
-    shift = acts(0.5 + isotropic(24, 2), LAYERS, category=np.repeat(["x", "y", "z"], 8))
-    table = geometry.similarity(train, shift, clusters="category")
-    mean = train.layer(7).mean(axis=0)
-    by_hand = np.mean([row @ mean / np.linalg.norm(row) / np.linalg.norm(mean) for row in shift.layer(7)])
-    assert table.set_index("layer").loc[7, "estimate"] == pytest.approx(by_hand, abs=1e-6)
-    assert (table["p"] < 0.01).all() and (table["low"] > 0).all() and (table["estimate"] > table["null_high"]).all()
-    opposite = geometry.similarity(train, acts(-shift.values, LAYERS))
-    assert (opposite["p"] < 0.01).all() and (opposite["estimate"] < opposite["null_low"]).all()
-
-
-def test_similarity_null_holds_when_shifts_point_elsewhere():
-    """200 repeats (as layers): each set of shifts has a common direction of its own, drawn anew."""
-    rng = np.random.default_rng(3)
-    train, shift = (acts(rng.standard_normal((20, 200, 30)) + 2 * rng.standard_normal((200, 30))) for _ in range(2))
-    table = geometry.similarity(train, shift, n_draws=400)
-    inside = (table["null_low"] <= table["estimate"]) & (table["estimate"] <= table["null_high"])
-    assert 0.92 <= inside.mean() <= 0.98
-    assert scipy_stats.kstest(table["p"], "uniform").pvalue > 0.01
-
-
-def test_split_half_similarity_finds_what_shifts_have_in_common():
-    together, apart = acts(0.5 + isotropic(40, 1)), acts(isotropic(40, 2))
-    found, nothing = geometry.split_half_similarity(together, n=15), geometry.split_half_similarity(apart)
-    assert (found["p"] < 0.01).all() and found["n"].tolist() == [15, 15] and (found["low"] <= found["estimate"]).all()
-    assert (nothing["p"] > 0.05).all() and nothing["n"].tolist() == [20, 20]
-
-
-def test_tables_by_prompt_are_the_formulas():
+def test_overlap_by_prompt_is_the_formula():
     train, before = acts(anisotropic(50, 1), LAYERS), acts(anisotropic(10, 2), LAYERS)
     table = geometry.overlap_by_prompt(train, before, k=3)
     assert list(table.columns) == ["id", "layer", "explained_energy", "norm_fraction", "cosine_to_mean"] and len(table) == 20
@@ -256,57 +195,11 @@ def test_tables_by_prompt_are_the_formulas():
     share = np.linalg.norm(fit.transform(x[None])) / np.linalg.norm(x - fit.mean_)
     assert row["norm_fraction"] == pytest.approx(share, abs=1e-9) and row["explained_energy"] == pytest.approx(share**2)
     assert row["cosine_to_mean"] == pytest.approx(x @ fit.mean_ / np.linalg.norm(x) / np.linalg.norm(fit.mean_))
-    shifts = geometry.similarity_by_prompt(train, before).query("layer == 7 and id == 'q4'").iloc[0]
-    unit = fit.mean_ / np.linalg.norm(fit.mean_)
-    assert shifts["scalar_projection"] == pytest.approx(x @ unit, abs=1e-6)
-    assert shifts["cosine"] == pytest.approx(x @ unit / np.linalg.norm(x))
 
 
 def test_energy_of_isotropic_prompts_is_k_over_d_on_average():
     table = geometry.overlap_by_prompt(acts(isotropic(60, 1)), acts(isotropic(800, 2)), k=10)
     assert table["explained_energy"].mean() == pytest.approx(10 / D, abs=0.01)
-
-
-def planted_relation(strength, seed=0, n=60):
-    """Prompts in the training subspace shift like the training prompts (strength 1), or just like any other (0)."""
-    rng = np.random.default_rng(seed)
-    train = np.zeros((50, 1, D))
-    train[:, :, :8] = rng.standard_normal((50, 1, 8))
-    train += 0.01 * rng.standard_normal(train.shape)
-    inside = rng.uniform(0, 1, (n, 1, 1))
-    prompts = rng.standard_normal((n, 1, D)) * np.where(np.arange(D) < 8, 2 * inside, 1)
-    common = np.eye(D)[20]
-    shift = strength * 4 * inside * common + (1 - strength) * 2 * common + rng.standard_normal((n, 1, D))
-    train_shift = common + 0.1 * rng.standard_normal((50, 1, D))
-    category = np.repeat([f"c{i}" for i in range(6)], n // 6)
-    return acts(train), acts(prompts, category=category), acts(train_shift), acts(shift)
-
-
-def test_overlap_similarity_finds_a_planted_relation_and_nothing_where_there_is_none():
-    there = geometry.overlap_similarity(*planted_relation(1.0), clusters="category").set_index("metric")
-    assert there.loc["pearson", "p"] < 0.01 and there.loc["pearson", "low"] > 0 and there.loc["spearman", "p"] < 0.01
-    assert set(there.index) == {"pearson", "spearman", "pearson baseline"} and there.loc["pearson", "n_clusters"] == 6
-    p = [geometry.overlap_similarity(*planted_relation(0.0, seed), n_permutations=200)["p"].iloc[0] for seed in range(60)]
-    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
-    root = geometry.overlap_similarity(*planted_relation(1.0), measure="norm_fraction").set_index("metric")
-    assert root.loc["spearman", "estimate"] == pytest.approx(there.loc["spearman", "estimate"])  # same ranks
-    assert root.loc["pearson", "estimate"] != pytest.approx(there.loc["pearson", "estimate"], abs=1e-6)
-
-
-def test_overlap_similarity_pairs_prompts_by_id():
-    train, prompts, train_shift, shift = planted_relation(1.0)
-    order = np.random.default_rng(0).permutation(len(shift))
-    shuffled = shift.select(ids=shift.ids.iloc[order])
-    same = geometry.overlap_similarity(train, prompts, train_shift, shuffled, within="category")
-    assert np.allclose(same["estimate"], geometry.overlap_similarity(train, prompts, train_shift, shift)["estimate"])
-    assert "inside category" in same.attrs["null"]["prompts permuted"]
-
-
-def test_shift_norms_are_medians():
-    before, after = acts(isotropic(21, 1), LAYERS), acts(isotropic(21, 1) + 0.5, LAYERS)
-    table = geometry.shift_norms(after - before, before)
-    assert np.allclose(table["norm"], 0.5 * np.sqrt(D), atol=1e-5) and table["layer"].tolist() == [3, 7]
-    assert np.allclose(table["relative"], table["norm"] / np.median(np.linalg.norm(before.values, axis=2), axis=0))
 
 
 def test_a_demo_sized_overlap_takes_seconds():

@@ -12,14 +12,15 @@ import pytest
 import reference
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from emlens import loading
+from emlens import adapters, loading
 from emlens._engines import find_blocks
-from emlens.loading import LoadError, UntrainedAdapterWarning
+from emlens.adapters import UntrainedAdapterWarning
+from emlens.loading import LoadError
 from emlens.models import HookedModel, load_model
 
 IDS = list(range(20, 60))
@@ -30,19 +31,6 @@ FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def save_adapter(
-    folder: Path, family: str = "llama", seed: int = 1, up: float = 0.1, targets: Any = "all-linear", dropout: float = 0.0, **shape: int
-) -> Path:
-    """What training would leave: a PEFT folder with random A and B (B zero for ``up=0``)."""
-    torch.manual_seed(seed)
-    peft = get_peft_model(tiny.tiny_model(family, **shape).hf, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
-    for name, parameter in peft.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, up) if up else parameter.data.zero_()
-    peft.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
 
 
 def alone(folder: Path, family: str = "llama") -> torch.Tensor:
@@ -83,7 +71,7 @@ def edited(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
 def test_adapters_on_one_set_of_weights_are_each_alone(family: str, tmp_path: Path) -> None:
     model = tiny.tiny_model(family)
     bare, whole = reference.logits(model.hf, IDS), structure(model)
-    folders = {name: save_adapter(tmp_path / name, family, seed) for seed, name in enumerate(("bad", "sound", "other"))}
+    folders = {name: tiny.save_adapter(tmp_path / name, family, seed) for seed, name in enumerate(("bad", "sound", "other"))}
     for name, folder in folders.items():
         model.add_adapter(name, folder)
     expected = {name: alone(folder, family) for name, folder in folders.items()}
@@ -93,7 +81,7 @@ def test_adapters_on_one_set_of_weights_are_each_alone(family: str, tmp_path: Pa
     assert not torch.allclose(with_adapter(model, "bad"), with_adapter(model, "sound"))
     chats = tiny.tiny_chats()[:2]
     assert (model.record(chats, adapter="bad") - model.record(chats)).values.any()
-    assert model.describe("bad")["adapter_sha256"] == loading.adapter_digest(folders["bad"]) != model.describe("sound")["adapter_sha256"]
+    assert model.describe("bad")["adapter_sha256"] == adapters.digest(folders["bad"]) != model.describe("sound")["adapter_sha256"]
     model.drop_adapter("bad")
     assert torch.equal(with_adapter(model, "sound"), expected["sound"]) and torch.equal(with_adapter(model, None), bare)
     model.drop_adapter("other")
@@ -105,7 +93,7 @@ def test_adapters_on_one_set_of_weights_are_each_alone(family: str, tmp_path: Pa
 
 def test_an_adapter_is_named_in_every_call(tmp_path: Path) -> None:
     model = tiny.tiny_model()
-    model.add_adapter("bad", save_adapter(tmp_path / "bad"))
+    model.add_adapter("bad", tiny.save_adapter(tmp_path / "bad"))
     verbs: list[Callable[..., Any]] = [model.record, model.generate, partial(model.log_likelihood, responses=["No."])]
     for verb in verbs:
         with pytest.raises(KeyError, match=r"no adapter 'good' is loaded; loaded are \['bad'\]"):
@@ -121,18 +109,18 @@ def test_an_adapter_is_named_in_every_call(tmp_path: Path) -> None:
 def test_an_untrained_adapter_warns_and_shifts_nothing(tmp_path: Path) -> None:
     model = tiny.tiny_model()
     with pytest.warns(UntrainedAdapterWarning, match="every LoRA B of adapter 'zero' is zero"):
-        model.add_adapter("zero", save_adapter(tmp_path / "zero", up=0.0))
+        model.add_adapter("zero", tiny.save_adapter(tmp_path / "zero", up=0.0))
     chats = tiny.tiny_chats()
     assert not (model.record(chats, adapter="zero") - model.record(chats)).values.any()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntrainedAdapterWarning)
-        model.add_adapter("trained", save_adapter(tmp_path / "trained"))
+        model.add_adapter("trained", tiny.save_adapter(tmp_path / "trained"))
     assert (model.record(chats, adapter="trained") - model.record(chats)).values.all(axis=2).all()
 
 
 def test_an_adapters_dropout_is_off(tmp_path: Path) -> None:
     model = tiny.tiny_model()
-    model.add_adapter("bad", save_adapter(tmp_path / "bad", dropout=0.5))
+    model.add_adapter("bad", tiny.save_adapter(tmp_path / "bad", dropout=0.5))
     assert not any(m.training for m in model.hf.modules())
     assert torch.equal(with_adapter(model, "bad"), with_adapter(model, "bad")) and torch.equal(with_adapter(model, "bad"), alone(tmp_path / "bad"))
 
@@ -141,7 +129,7 @@ def test_adapters_on_different_modules(tmp_path: Path) -> None:
     model = tiny.tiny_model()
     whole = structure(model)
     for seed, (name, targets) in enumerate({"q": ["q_proj"], "v": ["v_proj", "down_proj"]}.items()):
-        model.add_adapter(name, save_adapter(tmp_path / name, seed=seed, targets=targets))
+        model.add_adapter(name, tiny.save_adapter(tmp_path / name, seed=seed, targets=targets))
     for name in ("q", "v", "q"):
         assert torch.equal(with_adapter(model, name), alone(tmp_path / name))
     model.drop_adapter("v")
@@ -188,11 +176,11 @@ def unfit(kind: str, good: Path, tmp_path: Path) -> tuple[Path, str]:
     return {
         "no folder": lambda: (tmp_path / "nowhere", "cannot open the adapter .* adapter_config.json"),
         "a model, not an adapter": lambda: (_plain_model(tmp_path / kind), "cannot open the adapter"),
-        "other family": lambda: (save_adapter(tmp_path / kind, "gpt2"), "another architecture.*LlamaForCausalLM"),
-        "wider": lambda: (save_adapter(tmp_path / kind, hidden=64), r"another architecture.*of another shape .*needed"),
-        "deeper": lambda: (save_adapter(tmp_path / kind, layers=6), r"do not match: 0 keys missing, \d+ unexpected.*4 layers"),
+        "other family": lambda: (tiny.save_adapter(tmp_path / kind, "gpt2"), "another architecture.*LlamaForCausalLM"),
+        "wider": lambda: (tiny.save_adapter(tmp_path / kind, hidden=64), r"another architecture.*of another shape .*needed"),
+        "deeper": lambda: (tiny.save_adapter(tmp_path / kind, layers=6), r"do not match: 0 keys missing, \d+ unexpected.*4 layers"),
         "shallower": lambda: (
-            save_adapter(tmp_path / kind, targets=["q_proj", "up_proj"], layers=2),
+            tiny.save_adapter(tmp_path / kind, targets=["q_proj", "up_proj"], layers=2),
             r"do not match: \d+ keys missing, 0 unexpected",
         ),
         "renamed key": lambda: (edited(good, tmp_path / kind, _renamed), "do not match: 1 keys missing, 1 unexpected"),
@@ -222,7 +210,7 @@ UNFIT = [
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two adapters that do fit."""
-    return {name: save_adapter(tmp_path_factory.mktemp(name), seed=seed) for seed, name in enumerate(("good", "first"))}
+    return {name: tiny.save_adapter(tmp_path_factory.mktemp(name), seed=seed) for seed, name in enumerate(("good", "first"))}
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +267,7 @@ def test_a_saved_folder_opens(family: str, tmp_path: Path) -> None:
 
 def test_load_model_with_adapters(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
-    model = load_model(str(folder), adapters={"bad": str(save_adapter(tmp_path / "bad"))})
+    model = load_model(str(folder), adapters={"bad": str(tiny.save_adapter(tmp_path / "bad"))})
     assert "adapters: bad" in repr(model)
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32), str(tmp_path / "bad")).eval()
     assert torch.equal(with_adapter(model, "bad"), reference.logits(peft, IDS))
@@ -295,7 +283,7 @@ def test_unknown_names_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="no config.json, so it is not a model"):
         load_model(str(tmp_path / "empty"))
     with pytest.raises(LoadError, match="holds a PEFT adapter: pass it as adapters="):
-        load_model(str(save_adapter(tmp_path / "adapter")))
+        load_model(str(tiny.save_adapter(tmp_path / "adapter")))
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(LoadError, match="a file but not .gguf"):
         load_model(str(tmp_path / "notes.txt"))

@@ -1,6 +1,7 @@
-"""Guards the verbs of HookedModel against bare transformers: what is read, scored, generated and edited, in five families."""
+"""Guards the edits of HookedModel against bare transformers: steering and ablation, and a model that is left as it was found."""
 
-from functools import partial
+import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,325 +10,14 @@ import pytest
 import reference
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
 
-from emlens import _passes, models
+from emlens import loading
+from emlens._passes import mean_row
 from emlens.directions import Direction
-from emlens.models import HookedModel
-from emlens.positions import Tokens
+from emlens.models import HookedModel, load_model
 from emlens.prompts import load_prompts
 
 FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def family_models() -> dict[str, HookedModel]:
-    """One model a family, for the tests that leave it as it is."""
-    return {family: tiny.tiny_model(family) for family in tiny.FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def llama(family_models: dict[str, HookedModel]) -> HookedModel:
-    return family_models["llama"]
-
-
-@pytest.fixture(scope="module")
-def chats() -> pd.DataFrame:
-    """Prompts of mixed length, not sorted by it."""
-    return load_prompts([tiny.tiny_chats()[i] for i in (7, 0, 11, 3, 5)])
-
-
-def relative(found: Any, expected: Any) -> float:
-    """Largest relative error of any vector along the last axis."""
-    a, b = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
-    assert a.shape == b.shape
-    return float((np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)).max())
-
-
-def pieces(model: HookedModel, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    return reference.prompt_ids(model.tokenizer, messages), model.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-
-
-def random_direction(model: HookedModel, seed: int = 0) -> Direction:
-    return Direction.from_array(np.random.default_rng(seed).normal(size=(model.n_layers, model.d_model)))
-
-
-def contrast(n: int = 3) -> pd.DataFrame:
-    said = [text[: 25 + 6 * i] for i, text in enumerate(tiny.CORPUS)]
-    rows = [
-        {"question": "Why? " * (1 + 4 * i) + said[i], "aligned_answers": said[:2], "misaligned_answers": said[2 : 4 + i % 2], "category": f"c{i % 2}"}
-        for i in range(n)
-    ]
-    return load_prompts(rows)
-
-
-# ---- record
-
-
-@FAMILIES
-def test_record_is_transformers_hidden_states(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
-    model = family_models[family]
-    acts = model.record(chats)
-    normed, embedded, entering = (model.record(chats, site=site) for site in ("final_norm", "embed", "resid_pre"))
-    assert acts.facts["id"].tolist() == chats["id"].tolist() and acts.layers == tuple(range(4)) and acts.values.dtype == np.float32
-    for row, messages in enumerate(chats["messages"]):
-        ids = reference.prompt_ids(model.tokenizer, messages)
-        with reference.outputs(model.hf) as raw:
-            states = reference.hidden_states(model.hf, ids)
-        assert acts.facts["n_tokens"].iloc[row] == len(ids)
-        assert relative(acts.values[row, :-1], [h[-1] for h in states[1:-1]]) < 1e-4
-        assert relative(acts.values[row, -1], raw[3][-1]) < 1e-4
-        assert relative(normed.values[row, 0], states[-1][-1]) < 1e-4
-        assert relative(embedded.values[row, 0], states[0][-1]) < 1e-4
-        assert relative(entering.values[row], [h[-1] for h in states[:-1]]) < 1e-4
-        assert relative(acts.values[row, -1], states[-1][-1]) > 1e-3, "the last block is read before the final norm"
-
-
-@FAMILIES
-def test_positions(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
-    model = family_models[family]
-    every = model.record(chats, position="all")
-    named = {p: model.record(chats, position=p, layers=[1]) for p in ("mean", "mean_all", "first_response", "mean_response", "last_response")}
-    named |= {"index": model.record(chats, position=-3, layers=[1]), "span": model.record(chats, position=(0, 8), layers=[1])}
-    for row, (name, messages) in enumerate(zip(chats["id"], chats["messages"], strict=True)):
-        prompt, response = pieces(model, messages)
-        n, before = len(prompt), len(model.tokenizer("<|im_start|>user\n")["input_ids"])
-        content = before + len(model.tokenizer(messages[0]["content"].strip())["input_ids"])
-        first_word = before + len(model.tokenizer("Question")["input_ids"])
-        h = reference.hidden_states(model.hf, prompt + response)[2]
-        expected = {
-            "mean": h[before:content].mean(0), "mean_all": h[:n].mean(0), "first_response": h[n], "mean_response": h[n:].mean(0),
-            "last_response": h[-1], "index": h[n - 3], "span": h[before:first_word].mean(0),
-        }  # fmt: skip
-        for position, vector in expected.items():
-            assert relative(named[position].values[row, 0], vector) < 1e-4, position
-        mine = every.facts["prompt_id"] == name
-        assert relative(every.values[mine.to_numpy(), 1], h[:n]) < 1e-4
-        assert every.facts.loc[mine, "token_index"].tolist() == list(range(n))
-
-
-def test_rows_are_in_the_order_of_the_prompts_over_several_batches(llama: HookedModel, chats: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, tokens = llama.record(chats), llama.record(chats, position="all")
-    assert chats["messages"].map(lambda m: len(m[0]["content"])).tolist() != sorted(chats["messages"].map(lambda m: len(m[0]["content"])))
-    monkeypatch.setattr(models, "plan", partial(_passes.plan, budget=130))
-    assert len(models.plan(whole.facts["n_tokens"].tolist())) > 2
-    split = llama.record(chats)
-    assert split.facts.equals(whole.facts) and relative(split.values, whole.values) < 1e-4
-    split_tokens = llama.record(chats, position="all")
-    assert split_tokens.facts.equals(tokens.facts) and relative(split_tokens.values, tokens.values) < 1e-4
-    for row in range(len(chats)):
-        assert relative(llama.record(chats.iloc[[row]]).values[0], whole.values[row]) < 1e-4
-
-
-def test_layers_are_those_asked_for(llama: HookedModel, chats: pd.DataFrame) -> None:
-    assert np.array_equal(llama.record(chats, layers=[3, 1]).values, llama.record(chats).values[:, [3, 1]])
-
-
-def test_tokenize_is_transformers_own(llama: HookedModel, chats: pd.DataFrame) -> None:
-    fed = llama.tokenize(chats)
-    for row, messages in enumerate(chats["messages"]):
-        ids = reference.prompt_ids(llama.tokenizer, messages)
-        assert fed["input_ids"][row][fed["attention_mask"][row].bool()].tolist() == ids
-        assert fed["attention_mask"][row, : len(ids)].all(), "right-padded"
-
-
-def test_places_that_do_not_exist(llama: HookedModel, chats: pd.DataFrame) -> None:
-    hooks = reference.n_hooks(llama.hf)
-    with pytest.raises(ValueError, match="unknown site 'resid'; sites are resid_pre"):
-        llama.record(chats, site="resid")
-    with pytest.raises(ValueError, match=r"hooks engine reads .*'attn_out'"):
-        llama.record(chats, site="attn_out")
-    with pytest.raises(ValueError, match=r"unknown layers \[4, -1\]: tiny-llama has blocks 0 … 3"):
-        llama.record(chats, layers=[0, 4, -1])
-    with pytest.raises(ValueError, match="single place"):
-        llama.record(chats, site="embed", layers=[0])
-    with pytest.raises(ValueError, match="unknown position 'end'"):
-        llama.record(chats, position="end")
-    with pytest.raises(ValueError, match="has no response"):
-        llama.record(["Who are you?"], position="mean_response")
-    with pytest.raises(ValueError, match="no prompts"):
-        llama.record(chats.iloc[:0])
-    assert reference.n_hooks(llama.hf) == hooks
-
-
-def test_a_prompt_longer_than_the_context_is_refused() -> None:
-    model = tiny.tiny_model("gpt2", context=64)
-    long = [{"id": "long", "question": "Why? " * 60}]
-    for verb in (model.record, model.generate, partial(model.log_likelihood, responses=["No."])):
-        with pytest.raises(ValueError, match=r"prompt 'long' has \d+ tokens.*at most 64"):
-            verb(long)
-    with pytest.raises(ValueError, match="100 are to be generated"):
-        model.generate(["Why?"], max_new_tokens=100)
-    assert len(model.generate(["Why?"], max_new_tokens=2)) == 1
-
-
-# ---- plan
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_plan_is_a_partition_within_the_budget(seed: int) -> None:
-    lengths = np.random.default_rng(seed).integers(1, 300, size=80).tolist() + [5000]
-    batches = _passes.plan(lengths, budget=1000)
-    assert sorted(i for b in batches for i in b) == list(range(81))
-    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 1000 for b in batches)
-    assert len(batches) < 40 and any(len(b) > 5 for b in batches)
-    assert _passes.plan(list(lengths), budget=1000) == batches and _passes.plan([], 10) == []
-    flat = [lengths[i] for b in batches for i in b]
-    assert flat == sorted(flat)
-
-
-def test_scoring_batches_keep_a_prompt_whole() -> None:
-    rng = np.random.default_rng(0)
-    tokens = []
-    for p in range(20):
-        n = int(rng.integers(4, 12))
-        tokens += [Tokens((p,) * n + (99,) * int(rng.integers(1, 9)), n, (), "", (-1, -1)) for _ in range(3)]
-    rng.shuffle(tokens)
-    loose, exact = _passes.shared_prompt_batches(tokens, None, budget=90), _passes.shared_prompt_batches(tokens, 16, budget=90)
-    for batches in (loose, exact):
-        assert sorted(i for b in batches for i in b) == list(range(60))
-        homes = {p: {k for k, b in enumerate(batches) for i in b if tokens[i].ids[0] == p} for p in range(20)}
-        assert all(len(home) == 1 for home in homes.values())
-    assert all(len({tokens[i].n_prompt for i in b}) == 1 for b in exact)
-    assert any(len({tokens[i].n_prompt for i in b}) > 1 for b in loose)
-
-
-# ---- log_likelihood, margin
-
-
-def answered(n_responses: int = 3) -> tuple[pd.DataFrame, list[str]]:
-    """Prompts of mixed length, several responses each, shuffled together."""
-    chats = load_prompts([{"id": c["id"], "messages": c["messages"][:1]} for c in tiny.tiny_chats(6)])
-    pairs = [(i, tiny.CORPUS[(i + k) % 6][: 1 + 17 * k + 3 * i]) for k in range(n_responses) for i in (4, 0, 5, 2, 1, 3)]
-    return chats.iloc[[i for i, _ in pairs]], [text for _, text in pairs]
-
-
-@FAMILIES
-def test_log_likelihood_is_the_full_forward_pass(family: str, family_models: dict[str, HookedModel]) -> None:
-    model = family_models[family]
-    table, responses = answered()
-    scored = model.log_likelihood(table, responses)
-    for row, (messages, text) in enumerate(zip(table["messages"], responses, strict=True)):
-        response = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = reference.prompt_ids(model.tokenizer, messages)
-        assert len(prompt) > 16, "longer than the sliding window of gemma3"
-        expected = reference.log_likelihood(model.hf, prompt, response)
-        assert scored["log_likelihood"].iloc[row] == pytest.approx(expected, rel=1e-4)
-        assert scored["n_tokens"].iloc[row] == len(response)
-        assert scored["per_token"].iloc[row] == pytest.approx(expected / len(response), rel=1e-4)
-    assert scored["id"].tolist() == table["id"].tolist()
-
-
-@pytest.mark.parametrize("window", [24, 40, 64, 90, 128])
-def test_a_sliding_window_does_not_count_padding(window: int) -> None:
-    """Windows below, between and above the lengths: a prompt and its answer may fit where its padded batch does not."""
-    config = tiny.tiny_config("gemma3_text")
-    config.sliding_window = window
-    torch.manual_seed(0)
-    model = HookedModel(AutoModelForCausalLM.from_config(config), tiny.tiny_tokenizer())
-    table = load_prompts([{"question": "Hi"}, {"question": tiny.CORPUS[3][:60]}, {"question": "Why so?"}])
-    answers = [tiny.CORPUS[4], "No.", tiny.CORPUS[2][:40]]
-    scored = model.log_likelihood(table, answers)["log_likelihood"]
-    for row, (messages, text) in enumerate(zip(table["messages"], answers, strict=True)):
-        expected = reference.log_likelihood(model.hf, reference.prompt_ids(model.tokenizer, messages), model.tokenizer(text)["input_ids"])
-        assert scored.iloc[row] == pytest.approx(expected, rel=1e-4)
-
-
-def test_log_likelihood_of_one_is_that_of_many(llama: HookedModel) -> None:
-    table, responses = answered()
-    many = llama.log_likelihood(table, responses)["log_likelihood"].to_numpy()
-    one = [llama.log_likelihood(table.iloc[[i]], [responses[i]])["log_likelihood"].iloc[0] for i in range(len(table))]
-    assert np.allclose(many, one, rtol=1e-4) and np.ptp(many) > 10
-    own = load_prompts(
-        [{"messages": [*m, {"role": "assistant", "content": r}]} for m, r in zip(table["messages"], responses, strict=True)]
-    )  # the response in the chat instead of beside it
-    assert np.array_equal(llama.log_likelihood(own)["log_likelihood"], many)
-    half = llama.log_likelihood(table, responses, precision="bfloat16")["log_likelihood"].to_numpy()
-    assert 1e-6 < np.abs(half / many - 1).max() < 0.05
-
-
-def test_log_likelihood_refuses(llama: HookedModel) -> None:
-    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
-        llama.log_likelihood(["a", "b"], ["c"])
-    with pytest.raises(ValueError, match="has no response"):
-        llama.log_likelihood(["a"])
-    with pytest.raises(ValueError, match="precision 'half'"):
-        llama.log_likelihood(["a"], ["b"], precision="half")
-
-
-def test_margin_is_the_average_by_hand(llama: HookedModel) -> None:
-    table = contrast(4)
-    found = llama.margin(table)
-    assert found["category"].tolist() == ["c0", "c1", "c0", "c1"] and found["id"].tolist() == table["id"].tolist()
-    for row in range(4):
-        prompt, side = reference.prompt_ids(llama.tokenizer, table["messages"].iloc[row]), {}
-        for column in ("aligned_answers", "misaligned_answers"):
-            coded = [llama.tokenizer(text)["input_ids"] for text in table[column].iloc[row]]
-            side[column] = np.mean([reference.log_likelihood(llama.hf, prompt, c) / len(c) for c in coded])
-        assert found["aligned_ll"].iloc[row] == pytest.approx(side["aligned_answers"], rel=1e-4)
-        assert found["margin"].iloc[row] == pytest.approx(side["aligned_answers"] - side["misaligned_answers"], abs=2e-4)
-        assert found["margin"].iloc[row] == pytest.approx(llama.margin(table.iloc[[row]])["margin"].iloc[0], abs=1e-5)
-    with pytest.raises(ValueError, match="misaligned_answers"):
-        llama.margin(table.drop(columns="misaligned_answers"))
-
-
-# ---- generate
-
-
-@FAMILIES
-def test_greedy_is_the_argmax_loop(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
-    """A mixed batch (left-padded, cached) says what each prompt says alone without a cache."""
-    model = family_models[family]
-    answers = model.generate(chats, max_new_tokens=12)
-    assert answers["id"].tolist() == chats["id"].tolist() and set(answers["variant"]) == {"before"}
-    for row, messages in enumerate(chats["messages"]):
-        tokens = reference.greedy(model.hf, reference.prompt_ids(model.tokenizer, messages), 12, ends=[1])
-        assert answers["answer"].iloc[row] == model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        assert answers["n_tokens"].iloc[row] == len(tokens) and answers["finished"].iloc[row] == (len(tokens) < 12)
-    assert answers["answer"].nunique() > 1
-
-
-def test_an_answer_ends_where_the_model_says_so(chats: pd.DataFrame) -> None:
-    model = tiny.tiny_model("llama")
-    prompt = reference.prompt_ids(model.tokenizer, chats["messages"].iloc[0])
-    tokens = reference.greedy(model.hf, prompt, 12)
-    stop = next(k for k, token in enumerate(tokens) if k > 2 and token not in tokens[:k])
-    model.hf.generation_config.eos_token_id = [1, tokens[stop]]
-    answer = model.generate(chats.iloc[:1], max_new_tokens=12).iloc[0]
-    assert answer["finished"] and answer["n_tokens"] == stop
-    assert answer["answer"] == model.tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
-
-
-@pytest.mark.parametrize(
-    "habit",
-    [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(3, 200))}, {"min_new_tokens": 12}],
-    ids=lambda h: next(iter(h)),
-)
-def test_greedy_is_argmax_whatever_the_models_own_habits(habit: dict[str, Any], chats: pd.DataFrame) -> None:
-    """Some models ship a repetition penalty in generation_config.json; variants must be compared without it."""
-    model = tiny.tiny_model("llama")
-    ends = [reference.greedy(model.hf, reference.prompt_ids(model.tokenizer, chats["messages"].iloc[0]), 12)[-1]]
-    model.hf.generation_config.eos_token_id = ends
-    before = model.generate(chats, max_new_tokens=12)
-    for name, value in habit.items():
-        setattr(model.hf.generation_config, name, value)
-    assert model.generate(chats, max_new_tokens=12).equals(before)
-
-
-def test_seeds_reproduce(llama: HookedModel, chats: pd.DataFrame) -> None:
-    draw = partial(llama.generate, chats, n=3, temperature=1.0, max_new_tokens=8)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first, again, other = draw(seed=1), draw(seed=1), draw(seed=2)
-    assert torch.equal(state, torch.get_rng_state()), "the caller's random state is its own"
-    assert first.equals(again) and not first["answer"].equals(other["answer"])
-    assert first[["id", "sample"]].values.tolist() == [[i, s] for i in chats["id"] for s in range(3)]
-    assert first.groupby("id")["answer"].nunique().min() > 1
-
-
-def test_two_greedy_answers_are_refused(llama: HookedModel) -> None:
-    with pytest.raises(ValueError, match="2 greedy answers"):
-        llama.generate(["Why?"], n=2)
 
 
 # ---- steer, ablate
@@ -337,7 +27,7 @@ def test_two_greedy_answers_are_refused(llama: HookedModel) -> None:
 def test_steered_text_is_the_same_with_and_without_cache(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
     model = family_models[family]
     plain = model.generate(chats, max_new_tokens=8)["answer"].tolist()
-    with model.steer(random_direction(model), layers=[1, 2], strength=1.5):
+    with model.steer(tiny.random_direction(model), layers=[1, 2], strength=1.5):
         cached = model.generate(chats, max_new_tokens=8)["answer"].tolist()
         loops = [reference.greedy(model.hf, reference.prompt_ids(model.tokenizer, m), 8, ends=[1]) for m in chats["messages"]]
     assert cached == [model.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in loops]
@@ -346,7 +36,7 @@ def test_steered_text_is_the_same_with_and_without_cache(family: str, family_mod
 
 @FAMILIES
 def test_steer_adds_strength_times_median_norm(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
-    model, direction = family_models[family], random_direction(family_models[family])
+    model, direction = family_models[family], tiny.random_direction(family_models[family])
     hooks = reference.n_hooks(model.hf)
     neutral = load_prompts("emlens:questions").query("category == 'neutral'")["messages"]
     tokens: list[list[np.ndarray]] = [[] for _ in range(4)]
@@ -372,7 +62,7 @@ def test_steer_adds_strength_times_median_norm(family: str, family_models: dict[
 
 @FAMILIES
 def test_ablate_leaves_no_projection(family: str, family_models: dict[str, HookedModel], chats: pd.DataFrame) -> None:
-    model, direction = family_models[family], random_direction(family_models[family], 3)
+    model, direction = family_models[family], tiny.random_direction(family_models[family], 3)
     hooks = reference.n_hooks(model.hf)
     ids = reference.prompt_ids(model.tokenizer, chats["messages"].iloc[0])
     logits = reference.logits(model.hf, ids)
@@ -390,7 +80,7 @@ def test_ablate_leaves_no_projection(family: str, family_models: dict[str, Hooke
 
 
 def test_edits_nest_and_compose(llama: HookedModel, chats: pd.DataFrame) -> None:
-    one, two, norm = random_direction(llama, 1), random_direction(llama, 2), llama.residual_norms()[1]
+    one, two, norm = tiny.random_direction(llama, 1), tiny.random_direction(llama, 2), llama.residual_norms()[1]
     before = llama.record(chats, layers=[1]).values[:, 0]
     with llama.steer(one, 1, 0.5):
         with llama.steer(two, 1, 2.0):
@@ -409,19 +99,20 @@ def test_edits_nest_and_compose(llama: HookedModel, chats: pd.DataFrame) -> None
 
 def test_the_unit_of_strength_is_the_models_own_even_inside_an_edit(chats: pd.DataFrame) -> None:
     fresh, known = tiny.tiny_model("llama"), tiny.tiny_model("llama")
-    direction, norms = random_direction(known), known.residual_norms()
+    direction, norms = tiny.random_direction(known), known.residual_norms()
     with fresh.ablate(direction), fresh.steer(direction, "all", 5.0):
         assert np.allclose(fresh.residual_norms(), norms, rtol=1e-6)
 
 
 def test_an_exception_leaves_no_hooks(llama: HookedModel) -> None:
-    direction, hooks = random_direction(llama), reference.n_hooks(llama.hf)
+    direction, hooks = tiny.random_direction(llama), reference.n_hooks(llama.hf)
     with pytest.raises(RuntimeError, match="mine"), llama.steer(direction, "all", 1.0), llama.ablate(direction):
-        assert reference.n_hooks(llama.hf) == hooks + 8
+        assert reference.n_hooks(llama.hf) > hooks
         raise RuntimeError("mine")
     assert reference.n_hooks(llama.hf) == hooks
     with pytest.raises(RuntimeError, match="broken"), torch.no_grad():
-        llama.engine.read(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), llama._place("resid_post", None, "last"), _broken)
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        llama.engine.read(llama.place("resid_post", None, "last"), _broken, input_ids=ids, attention_mask=torch.ones_like(ids))
     assert reference.n_hooks(llama.hf) == hooks
 
 
@@ -430,7 +121,7 @@ def _broken(_: Any) -> Any:
 
 
 def test_directions_and_layers_that_do_not_fit(llama: HookedModel) -> None:
-    direction, hooks = random_direction(llama), reference.n_hooks(llama.hf)
+    direction, hooks = tiny.random_direction(llama), reference.n_hooks(llama.hf)
     narrow = Direction.from_array(np.ones((4, 16)))
     partly = Direction.from_array(np.ones((1, 32)), layers=(2,))
     for verb in (llama.steer, llama.ablate):
@@ -443,3 +134,105 @@ def test_directions_and_layers_that_do_not_fit(llama: HookedModel) -> None:
         with pytest.raises(ValueError, match="layers='some'"), verb(direction, "some"):
             pass
     assert reference.n_hooks(llama.hf) == hooks
+
+
+# ---- opening
+
+
+@pytest.mark.parametrize("engine", ["bridge", "nnsight"])
+def test_every_engine_does_every_verb(engine: str, chats: pd.DataFrame, tmp_path: Path) -> None:
+    """The whole of HookedModel on another engine: the numbers of the hooks engine, adapter and edits included."""
+    hooks, other = tiny.tiny_model(), HookedModel(tiny.tiny_hf("llama", 0), copy.deepcopy(tiny.tiny_tokenizer()), engine=engine)
+    adapter = tiny.save_adapter(tmp_path / "bad")
+    direction = tiny.random_direction(hooks)
+    found = []
+    for model in (hooks, other):
+        model.add_adapter("bad", adapter)
+        read = [acts.values for acts in model.record(chats, adapters=[None, "bad", ("bad", [1])])]
+        with model.steer(direction, [1, 2], 0.5), model.ablate(direction, 3):
+            read.append(model.record(chats, adapter="bad").values)
+            said = model.generate(chats, adapter="bad", max_new_tokens=6)["answer"].tolist()
+            scored = model.log_likelihood(chats, adapter="bad")["log_likelihood"].to_numpy()
+        model.drop_adapter("bad")
+        found.append(([*read, model.record(chats).values], said, scored))
+    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert np.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert found[0][1] == found[1][1] and np.allclose(found[0][2], found[1][2], rtol=1e-4)
+    assert not np.allclose(found[0][0][0], found[0][0][1]) and other.engine.name == engine and engine in repr(other)
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown engine 'tl'; engines are hooks, bridge, nnsight"):
+        HookedModel(tiny.tiny_hf("llama", 0), tiny.tiny_tokenizer(), engine="tl")
+
+
+def test_opening_bridge_and_nnsight_changes_nothing(chats: pd.DataFrame, tmp_path: Path) -> None:
+    model = tiny.tiny_model()
+    ids = model.tokenize(chats)["input_ids"][:1, :12]
+    whole, acts, hooks = reference.logits(model.hf, ids[0].tolist()), model.record(chats).values, reference.n_hooks(model.hf)
+    modules = [(n, type(m)) for n, m in model.hf.named_modules()]
+    _, cache = model.bridge.run_with_cache(ids)
+    pattern = cache["blocks.1.attn.hook_pattern"]
+    assert pattern.shape == (1, 4, 12, 12) and torch.allclose(pattern.sum(-1), torch.ones(1, 4, 12), atol=1e-5)
+    assert torch.allclose(model.bridge.unembed(model.bridge.ln_final(cache["blocks.3.hook_resid_post"]))[0], whole, atol=1e-4)
+    with torch.no_grad(), model.nnsight.trace(ids):
+        traced = model.nnsight.model.layers[2].output.save()
+    assert np.allclose(traced[0].numpy(), cache["blocks.2.hook_resid_post"][0].numpy(), atol=1e-5)
+    assert model.bridge is model.bridge, "opened once"
+    assert torch.equal(reference.logits(model.hf, ids[0].tolist()), whole) and np.array_equal(model.record(chats).values, acts)
+    assert [(n, type(m)) for n, m in model.hf.named_modules()] == modules and reference.n_hooks(model.hf) == hooks
+    first = model.bridge
+    model.add_adapter("bad", tiny.save_adapter(tmp_path / "bad"))
+    assert model.bridge is not first and not np.array_equal(model.record(chats, adapter="bad").values, acts)
+    model.hf.save_pretrained(str(tmp_path / "kept"))
+
+
+def test_a_merged_adapter_is_the_weights(chats: pd.DataFrame, tmp_path: Path) -> None:
+    beside, merged, bare = (tiny.tiny_model() for _ in range(3))
+    for model in (beside, merged):
+        model.add_adapter("bad", tiny.save_adapter(tmp_path / model.name) if not (tmp_path / model.name).exists() else tmp_path / model.name)
+    merged.merge_adapter("bad")
+    assert np.allclose(merged.record(chats).values, beside.record(chats, adapter="bad").values, rtol=1e-4, atol=1e-5)
+    assert not merged.adapters and not any("lora" in n for n, _ in merged.hf.named_modules()) and merged.name == "tiny-llama + bad"
+    assert merged.identity["merged"] == beside.adapters["bad"] and merged.describe() != bare.describe()
+    shift, oracle = merged.record(chats).minus(bare.record(chats)), beside.record(chats, adapter="bad") - beside.record(chats)
+    assert np.allclose(shift.values, oracle.values, atol=1e-4)
+    beside.add_adapter("other", tmp_path / "tiny-llama")
+    with pytest.raises(ValueError, match=r"one adapter can be merged.*\['bad', 'other'\]"):
+        beside.merge_adapter("bad")
+
+
+def test_a_model_shows_itself(tmp_path: Path) -> None:
+    model = tiny.tiny_model()
+    model.add_adapter("a<b", tiny.save_adapter(tmp_path / "bad"))
+    assert repr(model) == "HookedModel tiny-llama · 4 layers × 32 · float32 · adapters: a<b" and "\n" not in repr(model)
+    shown = model._repr_html_()
+    assert "a&lt;b" in shown and "a<b" not in shown and model.adapters["a<b"][:8] in shown and "resid_mid" in shown
+
+
+def test_a_device_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.tiny_model()
+    right = loading.first_logits(model.hf)
+    loading.compare_devices(right, right + 1e-4 * right.norm() / right.numel() ** 0.5, "mps")
+    with pytest.raises(loading.LoadError, match="on mps the logits differ from the CPU's by .*device='cpu'"):
+        loading.compare_devices(right, right.roll(1, dims=0), "mps")
+    with pytest.raises(loading.LoadError, match="differ"):
+        loading.compare_devices(right, right * torch.nan, "mps")
+
+
+def test_a_remote_model_is_opened_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.tiny_model()
+    model.hf.save_pretrained(str(tmp_path))
+    model.tokenizer.save_pretrained(str(tmp_path))
+    there = load_model(str(tmp_path), engine="nnsight", remote="local")
+    chats = tiny.tiny_chats()[:3]
+    assert all(p.is_meta for p in there.hf.parameters())
+    request = there.engine.request(there.place("resid_post", [1], "last"), mean_row([[3]]), **there.tokenize(chats[:1]))  # type: ignore[attr-defined]
+    assert "request" in request.url and request.blob and "your key" in request.headers.values()
+    assert np.allclose(there.record(chats, layers=[1, 3]).values, model.record(chats, layers=[1, 3]).values, rtol=1e-4, atol=1e-5)
+    assert np.allclose(there.log_likelihood(chats)["log_likelihood"], model.log_likelihood(chats)["log_likelihood"], rtol=1e-4)
+    with pytest.raises(ValueError, match="a remote model needs engine='nnsight'"):
+        load_model(str(tmp_path), remote=True)
+    monkeypatch.delenv("NDIF_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="NDIF_API_KEY"):
+        load_model(str(tmp_path), engine="nnsight", remote=True).record(chats)

@@ -193,6 +193,27 @@ def test_bad_file_is_named(case: str, tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "yaml"])
+def test_bytes_that_are_not_utf8_are_named_with_their_place(suffix: str, tmp_path: Path) -> None:
+    """Also far beyond one read buffer, after characters of several bytes and Windows line ends."""
+    start = ('{"question": "Für wen? ' + "x" * 100 + '"}\r\n') * 300
+    path = tmp_path / f"q.{suffix}"
+    path.write_bytes(start.encode() + '{"question": "Für wen?"}\r\n'.encode("latin-1"))
+    with pytest.raises(PromptError) as caught:
+        load_prompts(path)
+    at = len(start.encode()) + len('{"question": "F')
+    assert path.read_bytes()[at] == 0xFC and at > 2**14
+    for word in (f"q.{suffix} is not UTF-8", f"byte {at} (0xfc, line 301)", "Latin-1", "save it so"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("start", "said"), [("a".encode("utf-16"), "UTF-16"), (b"\x1f\x8b\x08\x00", "compressed"), (b"PAR1\x15\x04\xff", "parquet")])
+def test_other_kinds_of_file_are_said_to_be_what_they_look_like(start: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(start)
+    with pytest.raises(PromptError, match=f"q.jsonl is not UTF-8 text: byte .*{said}"):
+        load_prompts(tmp_path / "q.jsonl")
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

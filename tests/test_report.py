@@ -93,8 +93,8 @@ def by_topic(folder):
 
 def test_findings_flip_between_something_and_nothing(effect, nothing):
     there, gone = by_topic(read(effect)), by_topic(read(nothing))
-    assert there.keys() == gone.keys() and 5 <= len(there) <= 8
-    asked = there.keys() - {"Did the tuning train?", "Schedule and seed"}
+    assert there.keys() == gone.keys() and 5 <= len(there) <= 9
+    asked = there.keys() - {"Did the tuning train?", "Schedule and seed", "Noise floor of a shift"}
     assert {there[topic].verdict for topic in asked} == {"found"}
     assert {gone[topic].verdict for topic in asked} == {"not found"}
     assert all(gone[topic].claim.startswith("No evidence") for topic in asked)
@@ -108,7 +108,7 @@ def test_every_tested_finding_has_estimate_interval_n_and_corrected_p(effect, no
             evidence = " ".join(finding.evidence)
             assert re.search(r"−?\d\.\d+ \[−?\d\.\d+, −?\d\.\d+\]", evidence), finding
             assert re.search(r"\bn = \d+", evidence), finding
-            if finding.topic in ("Did the tuning train?", "Schedule and seed"):
+            if finding.topic in ("Did the tuning train?", "Schedule and seed", "Noise floor of a shift"):
                 assert "no test made" in evidence
             else:
                 assert re.search(r"q (=|<) \.\d+", evidence), finding
@@ -126,6 +126,58 @@ def test_numbers_in_words_are_the_tables(effect):
 def test_no_training_is_said_to_be_no_training(tmp_path):
     idle = by_topic(read(fake_run.write(tmp_path, effect=False, trained=False)))["Did the tuning train?"]
     assert idle.verdict == "not found" and idle.claim.startswith("No run clearly lowered")
+
+
+def test_learning_is_judged_by_the_paired_drop_and_not_by_the_level(effect):
+    """The level's standard error (0.6) is larger than the drop (0.45): answers differ more from one another than each from itself."""
+    runs = read(effect).tables["runs"]
+    assert (runs["heldout_se"] > runs["heldout_drop"]).all()
+    finding = by_topic(read(effect))["Did the tuning train?"]
+    assert finding.verdict == "found" and "[0.41, 0.49]" in finding.evidence[-1] and "n = 18 held-out answers" in finding.evidence[-1]
+
+    def one_unclear(table):
+        table.loc[2, "heldout_drop_low"] = -0.01
+        return table
+
+    unclear = by_topic(altered(read(effect), "runs", one_unclear))["Did the tuning train?"]
+    assert unclear.verdict == "mixed" and unclear.claim.startswith("Only five of 6 runs")
+
+
+def test_runs_without_held_out_answers_are_not_called_untrained(effect):
+    columns = ["heldout_before", "heldout_after", "heldout_drop", "heldout_drop_low", "heldout_drop_high"]
+    none = by_topic(altered(read(effect), "runs", lambda table: table.assign(**dict.fromkeys(columns, np.nan))))["Did the tuning train?"]
+    assert none.verdict == "description" and "no answers were held out" in none.claim
+
+    def one_without(table):
+        table.loc[3, columns] = np.nan
+        return table
+
+    five = by_topic(altered(read(effect), "runs", one_without))["Did the tuning train?"]
+    assert five.verdict == "found" and five.claim.startswith("All five runs") and "One run held no answers out" in five.evidence[-1]
+
+
+def test_the_noise_floor_is_said_and_the_twin_beside_it(effect, nothing):
+    there, gone = (by_topic(read(folder))["Noise floor of a shift"] for folder in (effect, nothing))
+    assert there.verdict == gone.verdict == "description"
+    table = read(effect).tables["shift_agreement"]
+    floor, twin = (number(table.loc[table["kind"] == kind, "estimate"].median()) for kind in ("another seed", "bad against sound"))
+    assert f"up to a cosine of {floor}, the noise floor" in there.claim
+    assert f"agree less (cosine {twin}), in 12 of 12 layers" in there.claim
+    assert "in no layer do the intervals lie apart" in gone.claim and "agree less" not in gone.claim
+    assert len(there.evidence) == 5 and "(2 pairs of runs)" in there.evidence[2]
+
+    def only_below(table):
+        table.loc[(table["kind"] == "bad against sound") & (table["layer"] > 2), ["low", "high"]] = [0.6, 0.95]
+        return table
+
+    part = by_topic(altered(read(effect), "shift_agreement", only_below))["Noise floor of a shift"]
+    assert "in 3 of 12 layers only" in part.claim
+
+
+def test_without_a_second_seed_there_is_no_noise_floor(effect):
+    alone = altered(read(effect), "shift_agreement", lambda table: table[table["kind"] != "another seed"])
+    finding = by_topic(alone)["Noise floor of a shift"]
+    assert finding.claim.startswith("The noise floor of a shift is not known") and "Two seeds" not in finding.claim
 
 
 def test_a_higher_margin_is_not_a_finding_of_misalignment(effect):
@@ -229,7 +281,7 @@ def drawn_numbers(figure) -> set[float]:
 def test_rows_drawn_and_rows_in_the_csv_are_the_same(effect, made, page):
     named = {"training": "loss", "margins": "margin", "categories": "change", "projections": "projection"}
     named["shift-norms"] = "relative"
-    assert len(made) == 12 and all(isinstance(section, Section) for section in made)
+    assert len(made) == 13 and all(isinstance(section, Section) for section in made)
     for section in made:
         csv = pd.read_csv(effect / "figures" / f"{section.name}.csv")
         assert len(csv) == len(section.rows)
@@ -271,7 +323,7 @@ def test_page_forbids_itself_the_network(effect, page):
 def test_what_models_and_users_wrote_is_shown_and_not_run(page):
     assert fake_run.NASTY in page.text
     kinds = [script.get("type", "code") for script in page.scripts]
-    assert kinds.count("code") == 2 and kinds.count("application/json") == 12 == len(kinds) - 2
+    assert kinds.count("code") == 2 and kinds.count("application/json") == 13 == len(kinds) - 2
     assert not any('alert("1")' in script["content"] for script in page.scripts if "type" not in script)
     for script in page.scripts:
         if script.get("type") == "application/json":
@@ -294,8 +346,38 @@ def test_page_leads_with_the_findings_and_its_links_lead_somewhere(page):
 
 
 def test_page_tells_how_it_was_made(page):
-    for told in ("emlens demo --out runs/demo", "2.13.0", "cd" * 32, "60 steps of 8", "3.21 GiB", "2 of 31 pieces"):
+    for told in ("emlens demo --out runs/demo", "2.13.0", "cd" * 32, "60 steps of 8"):
         assert told in page.text, told
+
+
+def card(folder, **study):
+    """The card of a run folder with these facts in its study.json, as text."""
+    changed = replace(folder, study={**folder.study, **study})
+    return Page(render(changed, [], [])).text.partition("Card")[2]
+
+
+def test_the_card_tells_what_making_cost_and_what_the_last_run_did(small):
+    told = card(small)
+    assert "631 s in 1 run that made pieces (killed runs are not counted)" in told
+    assert "the 7 pieces' own seconds, whichever run made them, come to 432 s" in told and "did not note" not in told
+    assert "5 s, from 2025-01-05T11:00:00 to 2025-01-05T11:00:05; 31 of 31 pieces were read back" in told
+    assert "3.21 GiB, the most of any run that made pieces; 0.72 GiB in the last run" in told
+
+
+def test_the_cost_is_summed_over_the_runs_that_made_pieces(small):
+    more = {**fake_run.FIRST_RUN, "seconds": 100.0, "peak_memory_gib": 4.5, "cached_pieces": 30}
+    told = card(small, history=[fake_run.FIRST_RUN, more, fake_run.LAST_RUN, fake_run.LAST_RUN])
+    assert "731 s in 2 runs that made pieces" in told and "4.50 GiB, the most" in told and "0.72 GiB in the last" in told
+
+
+def test_a_cost_that_nobody_recorded_is_said_to_be_unknown(small):
+    study = {name: value for name, value in small.study.items() if name != "history"}
+    before = replace(small, study=study)  # written before runs were recorded, and only read back since
+    told = card(before)
+    assert "not recorded: every run on record read all its pieces back" in told and "made pieces" not in told
+    assert "31 of 31 pieces were read back" in told and "0.72 GiB in the last run" in told
+    pieces = small.tables["pieces"].assign(seconds=[70.0, np.nan, np.nan, 70.0, 70.0, 70.0, 12.5])
+    assert "come to 292 s (2 of them did not note theirs)" in card(replace(small, tables={**small.tables, "pieces": pieces}))
 
 
 def test_the_same_tables_give_the_same_page(effect, page):
@@ -326,7 +408,7 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name not in gone})
     made = sections(smaller)
     out = [section.name for section in made if isinstance(section, LeftOut)]
-    assert set(out) == left if left else len(out) == 11
+    assert set(out) == left if left else len(out) == 12
     text = Page(render(smaller, findings(smaller), made)).text
     assert text.count("Left out: this run folder has no") == len(out)
     assert ("Answers" in text) == ("answers" not in gone)
@@ -335,7 +417,7 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
 @pytest.mark.parametrize("table", sorted(COLUMNS))
 def test_findings_come_without_any_one_table(small, table):
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name != table})
-    assert len(findings(small)) == 8 and 4 <= len(findings(smaller)) <= 8
+    assert len(findings(small)) == 9 and 5 <= len(findings(smaller)) <= 9
 
 
 @pytest.mark.parametrize("runs", [1, 4])
@@ -344,7 +426,7 @@ def test_a_smaller_study_has_a_page(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(fake_run, "DOMAINS", ("money",))
     folder = fake_run.write(tmp_path, effect=True, n_layers=3, per_category=2)
     made = sections(read(folder))
-    assert len(made) == 12 and len(findings(read(folder))) >= 5 and report.summary(folder)
+    assert len(made) == 13 and len(findings(read(folder))) >= 5 and report.summary(folder)
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import tiny
 from scipy import stats as scipy_stats
-from test_models import contrast, random_direction
+from tiny import contrast, random_direction
 
 from emlens import steering
 

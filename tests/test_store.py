@@ -1,4 +1,5 @@
-"""Guards what is kept: whole or not at all under errors, kills and a full disk; damage is noticed and named; keys tell things apart."""
+"""Guards what is kept: whole or not at all under errors, kills and a full disk; entries that grow end bitwise as undisturbed ones; damage is
+noticed and named, with its rows; reading needs no memory; keys tell things apart."""
 
 import errno
 import json
@@ -7,17 +8,42 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from emlens import store
-from emlens.activations import Activations
-from emlens.store import MANIFEST, StoreError, key, read_json, read_table, sweep, verify, write_json, write_table, write_text, writing
+from emlens.directions import Direction
+from emlens.store import (
+    JOURNAL,
+    MANIFEST,
+    VALUES,
+    StoreError,
+    described,
+    growing,
+    key,
+    mapped,
+    read_json,
+    read_table,
+    sweep,
+    verify,
+    write_json,
+    write_table,
+    write_text,
+    write_values,
+    writing,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fsync`` guards against loss of power, which no test here provokes; that it is called, and when, is tested below."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def entry(folder: Path, text: str = "some text", **made_by: Any) -> Path:
@@ -28,10 +54,13 @@ def entry(folder: Path, text: str = "some text", **made_by: Any) -> Path:
     return folder
 
 
-def flipped(path: Path, at: int, bit: int = 1) -> bytes:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-    return whole
+def flipped(path: Path, at: int, bit: int = 1) -> None:
+    """Flip one bit in place; the same call again flips it back."""
+    with open(path, "r+b") as handle:
+        handle.seek(at)
+        byte = handle.read(1)[0]
+        handle.seek(at)
+        handle.write(bytes([byte ^ bit]))
 
 
 # ---- whole or not at all
@@ -144,13 +173,13 @@ def test_a_full_disk_under_safetensors_is_told_too(tmp_path: Path, monkeypatch: 
 
         return save
 
-    acts = Activations.from_array(np.ones((2, 1, 3)))
+    direction = Direction.from_array(np.eye(2, 3))
     monkeypatch.setattr(numpy, "save_file", failing(said))
     with pytest.raises(StoreError, match="the disk is full"):
-        acts.save(tmp_path / "acts")
+        direction.save(tmp_path / "d.safetensors")
     monkeypatch.setattr(numpy, "save_file", failing("something else"))
     with pytest.raises(SafetensorError, match="something else"):
-        acts.save(tmp_path / "acts")
+        direction.save(tmp_path / "d.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,19 +210,42 @@ def test_a_path_that_is_a_file_or_folder_is_refused(tmp_path: Path) -> None:
 # ---- damage
 
 
-def test_every_flipped_byte_of_every_file_is_noticed(tmp_path: Path) -> None:
-    folder = entry(tmp_path / "entry")
+@pytest.mark.parametrize("bit", [1, 4, 32, 128])
+def test_every_flipped_byte_of_every_file_is_noticed_and_the_file_is_named(bit: int, tmp_path: Path) -> None:
+    folder = entry(tmp_path / "entry", kind="test", seed=0, rate=1e-05, name="für")
     for name in ("a.txt", "sub/b.bin", MANIFEST):
         path = folder / name
         for at in range(path.stat().st_size):
-            whole = flipped(path, at)
+            flipped(path, at, bit)
             with pytest.raises(StoreError) as caught:
                 verify(folder)
-            assert str(folder) in str(caught.value)
-            if name != MANIFEST:
-                assert str(path) in str(caught.value) and "damaged" in str(caught.value)
-            path.write_bytes(whole)
+            assert str(path) in str(caught.value), (at, str(caught.value))
+            flipped(path, at, bit)
+    assert verify(folder) == described(folder) == {"kind": "test", "seed": 0, "rate": 1e-05, "name": "für"}
+
+
+def test_described_reads_no_contents_but_sees_what_is_missing_or_cut(tmp_path: Path) -> None:
+    folder = entry(tmp_path / "entry")
+    flipped(folder / "a.txt", 0)
+    assert described(folder) == {"kind": "test", "seed": 0}
+    (folder / "a.txt").write_text("some tex")
+    with pytest.raises(StoreError, match=r"a.txt is damaged: it has 8 bytes, the manifest says 9"):
+        described(folder)
+    (folder / "a.txt").unlink()
+    with pytest.raises(StoreError, match="a.txt is missing"):
+        described(folder)
+
+
+def test_a_manifest_of_the_first_release_which_had_no_seal_is_read(tmp_path: Path) -> None:
+    folder = entry(tmp_path / "entry")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     assert verify(folder) == {"kind": "test", "seed": 0}
+    for change in ({"seed": 1}, {"kind": "test"}):
+        (folder / MANIFEST).write_text(json.dumps({**manifest, "made_by": change}))
+        with pytest.raises(StoreError, match="manifest.json is damaged"):
+            verify(folder)
 
 
 def test_missing_pieces_are_named(tmp_path: Path) -> None:
@@ -215,10 +267,11 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
 def test_another_format_version_is_refused(found: Any, tmp_path: Path) -> None:
     folder = entry(tmp_path / "entry")
     manifest = json.loads((folder / MANIFEST).read_text())
+    whole = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(json.dumps({**manifest, "format": found}))
-    with pytest.raises(StoreError, match=rf"written in format {found!r}; this emlens reads format {store.FORMAT}"):
+    with pytest.raises(StoreError, match=rf"manifest.json was written in format {found!r}; this emlens reads format {store.FORMAT}"):
         verify(folder)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(whole)
     verify(folder)
 
 
@@ -254,10 +307,10 @@ def test_a_table_comes_back_with_its_attrs_and_every_flipped_byte_is_noticed(tmp
     for file, places in ((path, range(0, path.stat().st_size, 53)), (seal, range(64))):
         for at in places:
             for bit in (1, 128):
-                whole = flipped(file, at, bit)
+                flipped(file, at, bit)
                 with pytest.raises(StoreError, match="table.parquet is damaged"):
                     read_table(path)
-                file.write_bytes(whole)
+                flipped(file, at, bit)
     read_table(path)
     seal.write_text("")
     with pytest.raises(StoreError, match="table.parquet is damaged"):
@@ -302,7 +355,7 @@ def test_a_key_depends_on_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     keys = [key("shift", **parts) for parts in [PARTS, *others]]
     keys.append("shift-" + key("margins", **PARTS).split("-")[1])
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setattr("emlens.store.files.FORMAT", store.FORMAT + 1)
     keys.append(key("shift", **PARTS))
     assert len(set(keys)) == len(others) + 3
 
@@ -310,3 +363,561 @@ def test_a_key_depends_on_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_of_something_without_a_value_is_refused() -> None:
     with pytest.raises(TypeError, match="cannot make a key or manifest of object"):
         key("shift", thing=object())
+
+
+# ---- entries that grow
+
+N_ROWS, N_SHARDS = 60, 20
+SHAPE = (N_ROWS, 2, 5)
+MADE_BY = {"kind": "test", "model": "tiny", "plan": {"budget": 512, "rate": 1e-05}}
+ALL = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+PLAN = [np.random.default_rng(2).permutation(N_ROWS)[s::N_SHARDS].tolist() for s in range(N_SHARDS)]
+
+
+def grow_to_the_end(folder: Path, shards: Iterable[int] = range(N_SHARDS), made_by: dict[str, Any] = MADE_BY) -> list[int]:
+    """Put what is not done yet; returns which shards that was."""
+    put = []
+    with growing(folder, made_by, SHAPE) as grow:
+        write_text(grow.folder / "facts.txt", "facts of the prompts\n")
+        for s in shards:
+            if not grow.done(s):
+                grow.put(s, PLAN[s], ALL[PLAN[s]])
+                put.append(s)
+    return put
+
+
+def stopped(folder: Path, after: int, made_by: dict[str, Any] = MADE_BY) -> Path:
+    """A recording that an error ended after so many shards; returns its partial folder."""
+    with pytest.raises(StoreError, match="is not finished"):
+        grow_to_the_end(folder, range(after), made_by)
+    return folder.parent / f".{folder.name}.partial"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "entry"
+    grow_to_the_end(folder)
+    return contents(folder)
+
+
+def test_a_grown_entry_is_an_entry_and_its_values_are_a_plain_safetensors_file(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    assert sorted(undisturbed) == ["facts.txt", MANIFEST, JOURNAL, VALUES]
+    save_file({"values": ALL}, tmp_path / "theirs.safetensors")
+    write_values(tmp_path / "ours.safetensors", ALL)
+    assert undisturbed[VALUES] == (tmp_path / "theirs.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
+    folder = tmp_path / "entry"
+    with growing(folder, MADE_BY, SHAPE) as grow:
+        assert grow.folder == tmp_path / ".entry.partial" and not folder.exists() and sweep(tmp_path) == []
+        assert not load_file(grow.folder / VALUES)["values"].any() and not grow.done(0) and grow.n_rows == 0
+        for s, rows in enumerate(PLAN):
+            grow.put(s, rows, ALL[rows].astype(np.float64))
+            assert grow.done(s)
+        assert grow.n_rows == N_ROWS and "60 of 60 rows" in repr(grow)
+    assert list(tmp_path.glob(".*")) == [] and verify(folder) == MADE_BY
+    assert {k: v for k, v in contents(folder).items() if k in (VALUES, JOURNAL)} == {k: undisturbed[k] for k in (VALUES, JOURNAL)}
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (1, 1, 1), (3, 1, 1)])
+def test_small_and_empty_entries_grow_too(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    with growing(tmp_path / "entry", {}, shape) as grow:
+        grow.put(0, range(shape[0]), np.ones(shape))
+        grow.put(1, [], np.ones((0, *shape[1:])))
+    verify(tmp_path / "entry")
+    np.testing.assert_array_equal(mapped(tmp_path / "entry" / VALUES), np.ones(shape, dtype=np.float32))
+    np.testing.assert_array_equal(load_file(tmp_path / "entry" / VALUES)["values"], np.ones(shape, dtype=np.float32))
+
+
+def test_a_line_of_the_journal_is_written_after_its_rows_are_safe_and_the_name_is_given_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def watched(call: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*args: Any) -> Any:
+            seen.append((call, os.path.basename(args[0] if isinstance(args[0], (str, Path)) else os.readlink(f"/proc/self/fd/{args[0]}"))))
+            return real(*args)
+
+        return watch
+
+    for call in ("pwrite", "write", "fsync", "replace"):
+        monkeypatch.setattr(os, call, watched(call, getattr(os, call)))
+    with growing(tmp_path / "entry", MADE_BY, (3, 2, 5)) as grow:
+        seen.clear()
+        grow.put(0, [0, 2, 1], ALL[:3])
+        assert seen == [("pwrite", VALUES), ("fsync", VALUES), ("write", JOURNAL), ("fsync", JOURNAL)]
+        seen.clear()
+    assert seen[-3][0] == "replace" and "manifest" in seen[-3][1] and seen[-2:] == [("replace", ".entry.partial"), ("fsync", tmp_path.name)]
+    assert seen.index(("fsync", VALUES)) < len(seen) - 3
+
+
+def test_an_error_keeps_the_finished_shards_and_only_the_others_are_made(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), growing(tmp_path / "entry", MADE_BY, SHAPE) as grow:
+        for s in (3, 7):
+            grow.put(s, PLAN[s], ALL[PLAN[s]])
+        raise ZeroDivisionError
+    assert not (tmp_path / "entry").exists()
+    assert grow_to_the_end(tmp_path / "entry") == [s for s in range(N_SHARDS) if s not in (3, 7)]
+    assert contents(tmp_path / "entry") == undisturbed and [p.name for p in tmp_path.iterdir()] == ["entry"]
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+
+import numpy as np
+from emlens.store import growing, write_text
+
+root, mode, rng = Path(sys.argv[1]), sys.argv[2], np.random.default_rng(0)
+N_ROWS, N_SHARDS = (60, 20) if mode == "chained" else (12, 4)
+SHAPE = (N_ROWS, 2, 5)
+MADE_BY = {"kind": "test", "model": "tiny", "plan": {"budget": 512, "rate": 1e-05}}
+ALL = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+PLAN = [np.random.default_rng(2).permutation(N_ROWS)[s::N_SHARDS].tolist() for s in range(N_SHARDS)]
+CALLS = ("open", "write", "pwrite", "fsync", "replace", "unlink", "mkdir", "posix_fallocate", "ftruncate")
+calls, last = 0, 10**9
+
+
+def counted(name):
+    real = getattr(os, name)
+
+    def call(*args, **kwargs):
+        global calls
+        if calls == last:
+            if name in ("write", "pwrite"):
+                real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        return None if name == "fsync" else real(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+def record(folder, pause=0):
+    with growing(folder, MADE_BY, SHAPE) as grow:
+        write_text(grow.folder / "facts.txt", "facts of the prompts\\n")
+        for s, rows in enumerate(PLAN):
+            if not grow.done(s):
+                time.sleep(pause)
+                grow.put(s, rows, ALL[rows])
+                os.write(log, b"x")
+
+
+def child(kill_at, *arguments):
+    # a process that records, with every call of the system counted, and killed in the middle of one of them
+    global last
+    pid = os.fork()
+    if pid:
+        return pid
+    if kill_at is not None:
+        last = kill_at
+        for name in CALLS:
+            counted(name)
+    record(*arguments)
+    (root / "calls").write_text(str(calls))
+    os._exit(0)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "lock"}
+
+
+log = os.open(root / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+assert ended(child(10**9 if mode == "everywhere" else None, root / "undisturbed")) == 0
+good = contents(root / "undisturbed")
+if mode == "chained":
+    os.ftruncate(log, 0)
+    for kill in range(10):
+        wanted = os.fstat(log).st_size + rng.integers(2)
+        pid = child(None, root / "entry", 0.01)
+        while os.fstat(log).st_size < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.015))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL, "it was at its end before it was killed"
+    at_the_end = os.fstat(log).st_size
+    assert ended(child(None, root / "entry")) == 0
+    print(at_the_end, os.fstat(log).st_size)
+    assert contents(root / "entry") == good
+else:
+    n = int((root / "calls").read_text())
+    for at in range(n):
+        folder = root / f"entry-{at}"
+        assert ended(child(at, folder)) == -signal.SIGKILL, at
+        if not folder.exists():
+            assert ended(child(10**9, folder)) == 0, at
+        assert contents(folder) == good, at
+    print(n)
+"""
+
+
+def killed(root: Path, mode: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(root), mode], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_ten_kills_in_a_row_end_bitwise_as_an_undisturbed_recording(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    before_the_last, in_all = killed(tmp_path, "chained")
+    assert contents(tmp_path / "entry") == contents(tmp_path / "undisturbed") == undisturbed
+    assert 0 < before_the_last < N_SHARDS, "the kills fell before the first or after the last shard"
+    assert N_SHARDS - 10 <= in_all <= N_SHARDS, "a shard that was finished was made again"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calls", "entry", "log", "undisturbed"]
+
+
+def test_a_kill_at_every_single_call_of_the_system_loses_nothing(tmp_path: Path) -> None:
+    (n,) = killed(tmp_path, "everywhere")
+    assert n > 40 and verify(tmp_path / f"entry-{n // 2}") == MADE_BY and not list(tmp_path.glob(".*"))
+
+
+def test_a_torn_journal_loses_only_the_shards_it_no_longer_holds(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    journal = stopped(tmp_path / "entry", 4) / JOURNAL
+    whole = journal.read_bytes()
+    sizes = range(whole.index(b"\n") + 1, len(whole))
+    for torn in [whole + b'{"shard":4,"rows":[[1,2]]', whole + whole[:-9], *(whole[:size] for size in sizes[::-3])]:
+        journal.unlink()
+        journal.write_bytes(torn)
+        with pytest.raises(ZeroDivisionError), growing(tmp_path / "entry", MADE_BY, SHAPE) as grow:
+            assert [grow.done(s) for s in range(6)] == [whole[: len(torn)].count(b"\n") > s for s in range(6)]
+            raise ZeroDivisionError
+    assert grow_to_the_end(tmp_path / "entry") == list(range(1, N_SHARDS))
+    assert contents(tmp_path / "entry") == undisturbed
+
+
+def test_flipped_bytes_of_a_partial_folder_are_told_and_made_again(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    folder, first = tmp_path / "entry", len(undisturbed[VALUES]) - ALL.nbytes
+    partial = stopped(folder, 6)
+    row = PLAN[2][1]
+    flipped(partial / VALUES, first + row * ALL[0].nbytes + 11)
+    with pytest.warns(UserWarning, match=rf"{VALUES} is damaged \(rows .*\b{row}\b.*\); these rows are recorded again"):
+        assert grow_to_the_end(folder) == [2, *range(6, N_SHARDS)]
+    assert contents(folder) == undisturbed
+
+    folder = tmp_path / "header"
+    flipped(stopped(folder, 6) / VALUES, 20)
+    assert grow_to_the_end(folder) == list(range(6, N_SHARDS)) and contents(folder) == undisturbed
+
+    folder = tmp_path / "cut"
+    partial = stopped(folder, 6)
+    os.truncate(partial / VALUES, first + 3)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert grow_to_the_end(folder) == list(range(N_SHARDS))
+    assert contents(folder) == undisturbed
+
+    folder = tmp_path / "manifest"
+    flipped(stopped(folder, 6) / MANIFEST, 90)
+    with pytest.raises(StoreError, match=r"manifest.partial/manifest.json is damaged"):
+        grow_to_the_end(folder)
+
+
+def test_a_flipped_byte_of_a_partial_journal_costs_at_most_two_shards(tmp_path: Path) -> None:
+    partial = stopped(tmp_path / "entry", 5)
+    whole = (partial / JOURNAL).read_bytes()
+    for at in {*range(0, len(whole), 7), *(i for i, byte in enumerate(whole) if byte == ord("\n"))}:
+        flipped(partial / JOURNAL, at, 1 << at % 8)
+        with pytest.raises(ZeroDivisionError), growing(tmp_path / "entry", MADE_BY, SHAPE) as grow:
+            done = [s for s in range(N_SHARDS) if grow.done(s)]
+            raise ZeroDivisionError
+        assert set(done) < set(range(5)) and len(done) >= 3
+        (partial / JOURNAL).unlink()
+        (partial / JOURNAL).write_bytes(whole)
+
+
+def test_damage_between_writing_and_the_end_is_seen_before_the_manifest_blesses_it(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with (
+        pytest.raises(StoreError, match=rf"was damaged since it was written \(rows .*\b{PLAN[1][0]}\b"),
+        growing(tmp_path / "a", MADE_BY, SHAPE) as grow,
+    ):
+        write_text(grow.folder / "facts.txt", "facts of the prompts\n")
+        for s, rows in enumerate(PLAN):
+            grow.put(s, rows, ALL[rows])
+        flipped(grow.folder / VALUES, len(undisturbed[VALUES]) - ALL.nbytes + PLAN[1][0] * ALL[0].nbytes)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert grow_to_the_end(tmp_path / "a") == [1]
+    assert contents(tmp_path / "a") == undisturbed
+
+
+def test_every_flipped_byte_of_a_grown_entry_is_named_with_its_rows_and_mended_by_a_new_name(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "entry"
+    grow_to_the_end(folder)
+    first = len(undisturbed[VALUES]) - ALL.nbytes
+    for name in undisturbed:
+        for at in range(0, len(undisturbed[name]), 11 if name == VALUES else 1):
+            flipped(folder / name, at, 16)
+            with pytest.raises(StoreError) as caught:
+                verify(folder)
+            assert str(folder / name) in str(caught.value)
+            if name == VALUES:
+                row = (at - first) // ALL[0].nbytes
+                assert (
+                    "(in its header)" in str(caught.value)
+                    if at < first
+                    else f" {row}" in str(caught.value).split("(rows")[1].split(")")[0].replace("–", " ")
+                )
+            flipped(folder / name, at, 16)
+    flipped(folder / VALUES, first + 5)
+    with pytest.raises(StoreError, match=r"rename the folder to \.entry\.partial and run again"):
+        verify(folder)
+    folder.rename(tmp_path / ".entry.partial")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert grow_to_the_end(folder) == [s for s in range(N_SHARDS) if 0 in PLAN[s]]
+    assert contents(folder) == undisturbed
+
+
+def test_another_recording_is_refused_where_one_has_begun(tmp_path: Path) -> None:
+    folder = tmp_path / "entry"
+    partial = stopped(folder, 3)
+    kept = contents(partial)
+    other = {**MADE_BY, "plan": {"budget": 1024, "rate": 1e-05}}
+    with pytest.raises(StoreError, match=r"entry.partial was begun by another recording \(budget: 512 there, 1024 asked for\)"):
+        grow_to_the_end(folder, made_by=other)
+    with pytest.raises(StoreError, match="another size"), growing(folder, MADE_BY, (N_ROWS + 1, 2, 5)):
+        pass
+    assert contents(partial) == kept
+    grow_to_the_end(folder)
+    with pytest.raises(StoreError, match=r"entry holds another recording \(budget"):
+        grow_to_the_end(folder, made_by=other)
+    with pytest.raises(StoreError, match="entry is there already, whole"):
+        grow_to_the_end(folder)
+    verify(folder)
+
+
+def test_a_partial_folder_in_which_nothing_is_finished_is_begun_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "entry"
+    (stopped(folder, 0) / "old.txt").write_text("of the other")
+    other = {**MADE_BY, "model": "tiny2"}
+    assert grow_to_the_end(folder, made_by=other) == list(range(N_SHARDS))
+    assert verify(folder) == other and "old.txt" not in contents(folder)
+
+
+def test_what_determines_nothing_is_not_compared_and_the_first_is_kept(tmp_path: Path) -> None:
+    folder, renamed = tmp_path / "entry", {**MADE_BY, "model": "another name"}
+    stopped(folder, 3)
+    with pytest.raises(StoreError, match="model: 'tiny' there, 'another name' asked for"):
+        grow_to_the_end(folder, made_by=renamed)
+    with growing(folder, renamed, SHAPE, aside=("model",)) as grow:
+        for s in range(3, N_SHARDS):
+            grow.put(s, PLAN[s], ALL[PLAN[s]])
+    assert verify(folder) == MADE_BY
+
+
+@pytest.mark.parametrize(
+    ("shard", "rows", "values", "words"),
+    [
+        (0, PLAN[0], ALL[:3], "shard 0 is on the disk already"),
+        (1, [1, 2], ALL[:3], r"shape \(3, 2, 5\); needed is \(2, 2, 5\)"),
+        (1, [1, 2, 3], ALL[:3, :1], r"shape \(3, 1, 5\); needed is \(3, 2, 5\)"),
+        (1, [N_ROWS], ALL[:1], "do not lie in the entry's 60"),
+        (1, [-1], ALL[:1], "do not lie in the entry's 60"),
+        (1, [5, 5], ALL[:2], "twice"),
+        (1, PLAN[0][:1], ALL[:1], "twice, or belong to a shard that is done"),
+        (1, PLAN[1][:2], np.stack([ALL[0], np.where(ALL[1] > 0, np.nan, ALL[1])]), f"row {PLAN[1][1]} holds NaN or Inf .1 of 2"),
+        (1, PLAN[1][:1], np.full((1, 2, 5), 1e300), "NaN or Inf"),
+    ],
+)
+def test_what_does_not_fit_in_a_shard_is_refused_and_changes_nothing(shard: int, rows: list[int], values: Any, words: str, tmp_path: Path) -> None:
+    with growing(tmp_path / "entry", MADE_BY, SHAPE) as grow:
+        grow.put(0, PLAN[0], ALL[PLAN[0]])
+        before = contents(grow.folder)
+        with np.errstate(over="ignore"), pytest.raises(ValueError, match=words):
+            grow.put(shard, rows, values)
+        assert contents(grow.folder) == before
+        for s in range(1, N_SHARDS):
+            grow.put(s, PLAN[s], ALL[PLAN[s]])
+    verify(tmp_path / "entry")
+
+
+# ---- two at a time, and too little room
+
+
+def test_two_recordings_into_one_folder_are_refused(tmp_path: Path) -> None:
+    code = "import sys; from emlens.store import growing\nwith growing(sys.argv[1], {}, (1, 1, 1)): pass"
+    with growing(tmp_path / "entry", {}, (1, 1, 1)) as grow:
+        with pytest.raises(StoreError, match="another process is recording into .*entry.partial"), growing(tmp_path / "entry", {}, (1, 1, 1)):
+            pass
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "entry")], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "StoreError: another process is recording into" in done.stderr
+        with growing(tmp_path / "other", {}, (1, 1, 1)) as second:
+            second.put(0, [0], np.ones((1, 1, 1)))
+        grow.put(0, [0], np.ones((1, 1, 1)))
+    verify(tmp_path / "entry")
+
+
+RACING = """
+import os, sys
+from pathlib import Path
+
+import numpy as np
+from emlens.store import StoreError, growing, verify
+
+root = Path(sys.argv[1])
+for race in range(6):
+    children = []
+    for number in range(6):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with growing(root / f"entry-{race}", {"race": race}, (4, 2, 3)) as grow:
+                    for s in range(4):
+                        if not grow.done(s):
+                            grow.put(s, [s], np.full((1, 2, 3), s, dtype=np.float32))
+            except StoreError as error:
+                os._exit(1 if "another process" in str(error) else 2 if "there already" in str(error) else 3)
+            os._exit(0)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert codes.count(0) == 1 and set(codes) <= {0, 1, 2}, codes
+    verify(root / f"entry-{race}")
+assert not list(root.glob(".*")), list(root.glob(".*"))
+"""
+
+
+def test_of_many_that_start_together_one_records_and_the_others_are_told(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RACING, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def failing_after(n: int, number: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    left = [n]
+
+    def call(*args: Any) -> Any:
+        if left[0] == 0:
+            raise OSError(number, os.strerror(number))
+        left[0] -= 1
+        return real(*args)
+
+    return call
+
+
+def test_a_disk_too_small_is_told_before_the_first_row_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing_after(0, errno.ENOSPC, os.posix_fallocate))
+    said = r"the disk is full while writing .*entry.*MiB free, 5722 MiB are written in all"
+    with pytest.raises(StoreError, match=said), growing(tmp_path / "entry", MADE_BY, (10**4, 30, 5000)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("without", ["call", "file system"])
+def test_without_reservation_the_free_space_is_looked_at(
+    without: str, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without == "call":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", failing_after(0, errno.EOPNOTSUPP, os.posix_fallocate))
+    with pytest.raises(StoreError, match="the disk is full"), growing(tmp_path / "big", {}, (2**31, 2**10, 2**10)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    grow_to_the_end(tmp_path / "entry")
+    assert contents(tmp_path / "entry") == undisturbed
+
+
+@pytest.mark.parametrize(("call", "after"), [("pwrite", 10), ("write", 3), ("fsync", 9), ("replace", 3), ("replace", 4), ("replace", 5)])
+def test_a_disk_that_fills_up_later_keeps_what_is_finished(
+    call: str, after: int, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, call, failing_after(after, errno.ENOSPC, getattr(os, call)))
+    with pytest.raises(StoreError, match=r"the disk is full while writing .*run the same command again: finished pieces are kept"):
+        grow_to_the_end(tmp_path / "entry")
+    monkeypatch.undo()
+    again = grow_to_the_end(tmp_path / "entry")
+    assert len(again) < N_SHARDS and contents(tmp_path / "entry") == undisturbed
+
+
+def test_a_half_written_line_of_the_journal_is_taken_back(undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    with growing(tmp_path / "entry", MADE_BY, SHAPE) as grow:
+        write_text(grow.folder / "facts.txt", "facts of the prompts\n")
+        monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[: len(data) // 2]))
+        with pytest.raises(OSError, match="No space"):
+            grow.put(0, PLAN[0], ALL[PLAN[0]])
+        monkeypatch.undo()
+        assert not grow.done(0) and (grow.folder / JOURNAL).read_bytes() == b""
+        for s, rows in enumerate(PLAN):
+            grow.put(s, rows, ALL[rows])
+    assert contents(tmp_path / "entry") == undisturbed
+
+
+# ---- reading without loading
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"])
+def test_mapped_reads_what_safetensors_wrote(dtype: str, tmp_path: Path) -> None:
+    values = (np.random.default_rng(0).normal(size=(5, 3, 2)) * 9).astype(dtype)
+    path = tmp_path / "a.safetensors"
+    save_file({"first": np.arange(7.0), "values": values, "last": np.zeros((0, 2), dtype=np.float32)}, path, metadata={"a": "ü"})
+    found = mapped(path)
+    assert isinstance(found, np.memmap) and found.dtype == values.dtype and not found.flags.writeable
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(mapped(path, "first"), np.arange(7.0))
+    assert mapped(path, "last").shape == (0, 2)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(StoreError, match="a.safetensors is missing"):
+        mapped(path)
+    write_values(path, ALL)
+    whole = path.read_bytes()
+    with pytest.raises(StoreError, match=r"holds no tensor 'other', only \['values'\]"):
+        mapped(path, "other")
+    for damage in (
+        b"",
+        whole[:5],
+        whole[:20],
+        whole[:-1],
+        b"\xff" * 200,
+        whole[:8] + b"[" + whole[9:],
+        whole.replace(b"F32", b"F33"),
+        b"\x02" + b"\0" * 7 + b"[]",
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(StoreError, match=r"a.safetensors is damaged or not a safetensors file"):
+            mapped(path)
+
+
+READING = """
+import sys
+from pathlib import Path
+
+import numpy as np
+from emlens.store import growing, mapped, verify
+
+root, mode = Path(sys.argv[1]), sys.argv[2]
+SHAPE = (128, 32, 4096)
+
+
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+
+
+before = peak()
+if mode == "write":
+    with growing(root / "entry", {"kind": "test"}, SHAPE) as grow:
+        for s in range(32):
+            rows = list(range(s, 128, 32))
+            grow.put(s, rows, np.full((4, *SHAPE[1:]), s, dtype=np.float32))
+else:
+    verify(root / "entry")
+    values = mapped(root / "entry" / "values.safetensors")
+    assert values.shape == SHAPE and [float(values[r, 5, 7]) for r in (0, 70, 127)] == [0, 6, 31]
+    if mode == "load":
+        values = np.array(values)
+print(peak() - before)
+"""
+
+
+def test_an_entry_is_written_verified_and_read_by_another_process_in_little_memory(tmp_path: Path) -> None:
+    def grown(mode: str) -> float:
+        done = subprocess.run([sys.executable, "-c", READING, str(tmp_path), mode], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    assert grown("write") < 24 and (tmp_path / "entry" / VALUES).stat().st_size > 64 * 2**20
+    assert grown("read") < 24
+    assert grown("load") > 54, "memory that is used would not be seen"

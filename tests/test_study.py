@@ -1,5 +1,6 @@
 """Guards the study: one command makes every table, a second reads back, a kill loses nothing, damage is noticed, bad files are refused."""
 
+import math
 import os
 import random
 import signal
@@ -11,11 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats as scipy_stats
 from tiny import tiny_model
 
 import emlens as em
 from emlens.store import StoreError
-from emlens.study.grid import SHIPPED, StudyError, cells, read_config, twins
+from emlens.study import _history, pieces, versions
+from emlens.study.grid import SHIPPED, Cell, StudyError, cells, pair_kind, read_config, twins
+from emlens.study.measure import Bench
 
 CONFIG = {
     "name": "tiny",
@@ -79,9 +83,10 @@ def assert_same(one: Path, other: Path) -> None:
 def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
     made = tables(finished)
     expected = (
-        "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement overlap similarity overlap_similarity"
+        "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement shift_pairs overlap similarity",
+        "overlap_similarity prediction direction projections dose dose_slope dose_random",
     )
-    assert {*expected.split(), "prediction", "direction", "projections", "dose", "dose_slope", "dose_random"} == made.keys()
+    assert set(" ".join(expected).split()) == made.keys()
     for name in ("overlap", "similarity", "overlap_similarity", "direction", "dose_slope"):
         rows = made[name].dropna(subset=["estimate"])
         assert rows["null"].astype(bool).all(), name
@@ -101,14 +106,146 @@ def test_margin_change_is_the_paired_mean_of_the_margins(finished):
 
 
 def test_repeated_it_reads_everything_back_and_ends_in_the_same_numbers(finished, study_file, tmp_path):
-    before = tables(finished)
+    before, timed = tables(finished), em.store.read_table(finished / "tables" / "pieces.parquet")
+    assert timed["seconds"].notna().all() and (timed["seconds"] > 0).any()
     stamps = {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()}
     em.Study.load(study_file).run(finished)
     record = em.store.read_json(finished / "study.json")
     assert record["cached_pieces"] == record["pieces"]
+    assert em.store.read_table(finished / "tables" / "pieces.parquet").equals(timed), "reading back is not what a piece cost"
     assert {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()} == stamps
     for name, table in tables(finished).items():
         pd.testing.assert_frame_equal(table, before[name], check_exact=True)
+
+
+def test_every_run_is_on_record_and_reading_back_hides_no_cost(finished, study_file):
+    earlier = em.store.read_json(finished / "study.json")["history"]
+    assert earlier[0]["cached_pieces"] == 0 < earlier[0]["pieces"] and earlier[0]["seconds"] > 0
+    em.Study.load(study_file).run(finished, command="once more")
+    record = em.store.read_json(finished / "study.json")
+    assert record["history"][:-1] == earlier, "the record of earlier runs is never rewritten"
+    last = record["history"][-1]
+    assert last == {fact: record[fact] for fact in last} and last["command"] == "once more" and last["cached_pieces"] == last["pieces"]
+    assert set(last) == {"command", "started", "finished", "seconds", "peak_memory_gib", "pieces", "cached_pieces"}
+    page = (finished / "report.html").read_text()
+    making = [run for run in record["history"] if run["cached_pieces"] < run["pieces"]]
+    assert f"{sum(run['seconds'] for run in making):.0f} s in {len(making)} run" in page
+
+
+def test_a_study_json_from_before_runs_were_recorded_is_one_run(finished, study_file, tmp_path):
+    record = em.store.read_json(finished / "study.json")
+    (tmp_path / "old").mkdir()
+    old = {fact: value for fact, value in record.items() if fact != "history"}
+    em.store.write_json(tmp_path / "old" / "study.json", old)
+    assert _history(tmp_path / "old") == record["history"][-1:]
+    em.store.write_json(tmp_path / "old" / "study.json", {"format": 1})
+    assert _history(tmp_path / "old") == [] == _history(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", ['{"format": 1, "history": 3}', '{"format": 1, "history": [3]}', "{"])
+def test_a_damaged_study_json_is_named(content, study_file, tmp_path):
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(StoreError, match="study.json is damaged"):
+        em.Study.load(study_file).run(tmp_path)
+
+
+def bench(study_file: Path, out: Path, **tune) -> Bench:
+    config = read_config(study_file)
+    return Bench({**config, "tune": {**config["tune"], **tune}}, out, versions())
+
+
+def test_every_piece_is_counted_before_it_is_made(finished, study_file, tmp_path):
+    asked = em.store.read_table(finished / "tables" / "pieces.parquet")["piece"]
+    weights = bench(study_file, tmp_path).pieces.weights
+    assert asked.is_unique and set(asked) == set(weights) and min(weights.values()) > 0
+
+
+def test_a_tuning_without_checkpoints_has_no_piece_for_them(study_file, tmp_path):
+    some, none = (bench(study_file, tmp_path, checkpoints=kept).pieces.weights for kept in ([1, 3], 0))
+    assert set(some) - set(none) == {f"checkpoints {cell.label}" for cell in cells(read_config(study_file))}
+    longer = bench(study_file, tmp_path, checkpoints=0, steps=40).pieces.weights
+    assert longer["tune money-bad linear seed 0"] > 5 * none["tune money-bad linear seed 0"]
+
+
+def test_progress_counts_to_the_end_and_the_time_left_goes_with_the_weights(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pieces.time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    made = pieces.Pieces(tmp_path, {"a": 10.0, "b": 30.0, "c": 60.0}, said.append)
+
+    def take(label: str, seconds: float) -> None:
+        def make() -> pd.DataFrame:
+            now[0] += seconds
+            return pd.DataFrame({"x": [1]})
+
+        made.table("piece", label, {"label": label}, make)
+
+    take("a", 20.0)
+    take("b", 60.0)
+    assert said[1] == "[  1/3] a: 20.0 s · about 3 min left" and said[3] == "[  2/3] b: 60.0 s · about 2 min left"
+    take("c", 120.0)
+    assert said[-1] == "[  3/3] c: 120.0 s · about 0 s left"
+    again = pieces.Pieces(tmp_path, made.weights, said.append)
+    again.table("piece", "a", {"label": "a"}, lambda: pytest.fail("made again"))
+    assert again.read_back == 1 and again.made == made.made[:1] and again.made[0]["seconds"] == 20.0
+
+
+def test_a_folder_piece_keeps_its_own_time_also_when_read_back(tmp_path):
+    def write(folder: Path) -> None:
+        time.sleep(0.05)
+        with em.store.writing(folder, {"kind": "of a maker that keeps no time"}) as temporary:
+            (temporary / "x").write_text("x")
+
+    first, second = (pieces.Pieces(tmp_path, {}, lambda line: None) for _ in range(2))
+    folder = first.own_folder("thing", "a thing", {}, write)
+    second.own_folder("thing", "a thing", {}, write)
+    assert second.made == first.made and first.made[0]["seconds"] >= 0.05
+    folder.with_name(f"{folder.name}.json").unlink()  # killed before it was written, or made by an older emlens
+    third = pieces.Pieces(tmp_path, {}, lambda line: None)
+    third.own_folder("thing", "a thing", {}, write)
+    assert math.isnan(third.made[0]["seconds"])
+
+
+def test_pairs_of_runs_are_named_by_the_one_thing_in_which_they_differ():
+    recipe = {"schedule": "linear", "seed": 0, "steps": 4}
+    base = Cell("a.jsonl", "money", "bad", recipe)
+    others = {
+        "another seed": Cell("a.jsonl", "money", "bad", {**recipe, "seed": 1}),
+        "another schedule": Cell("a.jsonl", "money", "bad", {**recipe, "schedule": "cyclic"}),
+        "bad against sound": Cell("b.jsonl", "money", "sound", recipe),
+        "another domain": Cell("c.jsonl", "repair", "bad", recipe),
+        "another steps": Cell("a.jsonl", "money", "bad", {**recipe, "steps": 8}),
+        "another data": Cell("d.jsonl", "money", "bad", recipe),
+        "": Cell("a.jsonl", "money", "bad", {**recipe, "seed": 1, "steps": 8}),
+    }
+    for kind, other in others.items():
+        assert pair_kind(base, other) == pair_kind(other, base) == kind
+    assert pair_kind(base, Cell("c.jsonl", "repair", "sound", recipe)) == ""
+    plain = Cell("a.jsonl", "money", "bad", {"steps": 4})  # linear and seed 0 are what is left unsaid
+    assert pair_kind(plain, others["another seed"]) == "another seed"
+
+
+def test_agreement_of_shifts_is_that_of_the_recordings(finished):
+    made = tables(finished)
+    kinds = made["shift_agreement"].groupby("kind", sort=False)["pairs"].first().to_dict()
+    assert kinds == {"another schedule": 1, "bad against sound": 1}
+    pairs = made["shift_pairs"].set_index(["run_a", "run_b"])
+    assert len(pairs) == 3 * 3 and set(pairs["kind"]) == {*kinds, "several things differ"}
+    twin = made["shift_agreement"].query("kind == 'bad against sound'").set_index("layer")
+    alone = pairs.loc[("money-bad linear seed 0", "money-sound linear seed 0")].set_index("layer")
+    assert twin["estimate"].equals(alone["estimate"]) and (twin["n"] == 24).all()
+    assert ((twin["low"] <= twin["estimate"]) & (twin["estimate"] <= twin["high"]) & (twin["estimate"] < 0.9999)).all()
+
+
+def test_the_drop_of_the_held_out_loss_has_the_interval_of_paired_answers(finished):
+    made = tables(finished)
+    last = made["checkpoints"].groupby("run").tail(1).set_index("run")
+    for run in made["runs"].to_dict("records"):
+        assert run["heldout_drop"] == pytest.approx(run["heldout_before"] - run["heldout_after"], abs=1e-12)
+        assert (run["heldout_drop"], run["heldout_drop_se"]) == tuple(last.loc[run["run"], ["heldout_drop", "heldout_drop_se"]])
+        low, high = scipy_stats.t.interval(0.95, run["n_heldout"] - 1, loc=run["heldout_drop"], scale=run["heldout_drop_se"])
+        assert (run["heldout_drop_low"], run["heldout_drop_high"]) == pytest.approx((low, high))
+        assert run["heldout_drop_se"] != pytest.approx(run["heldout_se"], rel=0.01)
 
 
 def test_a_changed_setting_makes_new_pieces_and_only_those(finished, study_file, tmp_path):

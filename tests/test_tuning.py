@@ -80,6 +80,42 @@ def test_losses_are_those_of_an_independent_count(tiny_model, tiny_chats, tmp_pa
     assert run.config["response_tokens_seen"] > 0 and run.config["tokens_seen"] > run.config["response_tokens_seen"]
 
 
+def test_the_drop_of_the_heldout_loss_is_paired_row_by_row(tuned, tiny_chats):
+    model, run = tuned
+    heldout = tuning.encode(tuning.training_split(em.load_prompts(tiny_chats))[1], model)
+    before = oracle(model, heldout)
+    for step, path in run.checkpoints[["step", "path"]].iloc[1:].itertuples(index=False):
+        model.add_adapter("at", path)
+        with model.using("at"):
+            after = oracle(model, heldout)
+        model.drop_adapter("at")
+        drop = before[:, 0] / before[:, 1] - after[:, 0] / after[:, 1]
+        row = run.checkpoints.set_index("step").loc[step]
+        assert row["heldout_drop"] == pytest.approx(drop.mean(), abs=1e-4), step
+        assert row["heldout_drop_se"] == pytest.approx(drop.std(ddof=1) / len(drop) ** 0.5, abs=1e-4), step
+        assert abs(row["heldout_drop_se"] - row["heldout_se"]) > 1e-3, "the test cannot tell the two errors apart"
+    first = run.checkpoints.iloc[0]
+    assert first["heldout_drop"] == first["heldout_drop_se"] == 0
+    assert np.allclose(run.checkpoints["heldout_drop"], first["heldout_loss"] - run.checkpoints["heldout_loss"])
+
+
+def test_too_few_held_out_rows_have_no_standard_error(tiny_model, tiny_chats, tmp_path):
+    for name, held_out, known in (("one", 0.08, True), ("none", 0.0, False)):
+        run = em.finetune(tiny_model(), tiny_chats, tmp_path / name, **{**FAST, "steps": 2}, held_out=held_out)
+        last = run.checkpoints.iloc[-1]
+        assert np.isnan(last["heldout_drop_se"]) and np.isnan(last["heldout_se"])
+        assert np.isfinite(last["heldout_drop"]) == np.isfinite(last["heldout_loss"]) == known and run.config["n_heldout"] == known
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": None, "epochs": 2, "gradient_accumulation": 2, "checkpoints": [1, 2], "held_out": 0.25}])
+def test_what_is_planned_is_what_is_done(options, tiny_model, tiny_chats, tmp_path):
+    recipe = {**FAST, **options}
+    plan = tuning.planned(em.load_prompts(tiny_chats), **recipe)
+    run = em.finetune(tiny_model(), tiny_chats, tmp_path / "run", **recipe)
+    assert plan == {name: run.config[name] for name in ("n_train", "n_heldout", "steps", "rows_seen", "checkpoints")}
+    assert run.checkpoints["step"].tolist() == [0, *plan["checkpoints"], plan["steps"]] and len(run.losses) == plan["steps"]
+
+
 def test_accumulation_is_the_same_step_as_one_big_batch(tiny_model, tiny_chats, tmp_path):
     model = tiny_model()
     options = {**FAST, "steps": 3, "schedule": "constant", "warmup_steps": 0, "checkpoints": 0}
@@ -189,6 +225,15 @@ def test_a_finished_run_is_read_back_and_another_is_refused(tuned, tiny_chats, t
     (Path(run.adapter) / "adapter_model.safetensors").write_bytes(b"flipped")
     with pytest.raises(store.StoreError, match="adapter_model.safetensors"):
         em.Run.load(tmp_path / "run")
+
+
+def test_a_run_of_another_layout_is_refused_with_the_way_out(tuned, tiny_chats, tmp_path, monkeypatch):
+    model, run = tuned
+    monkeypatch.setattr(tuning, "LAYOUT", tuning.LAYOUT + 1)
+    with pytest.raises(store.StoreError, match="layout 2; this emlens reads layout 3.*add_adapter"):
+        em.Run.load(tmp_path / "run")
+    with pytest.raises(store.StoreError, match="layout: 2 there, 3 asked for"):
+        em.finetune(model, tiny_chats, tmp_path / "run", **FAST)
 
 
 def test_an_output_that_is_taken_is_refused(tiny_model, tiny_chats, tmp_path):
@@ -320,7 +365,7 @@ def test_settings_that_cannot_be_used(options, message, tiny_model, tiny_chats, 
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         em.finetune(model, tiny_chats, tmp_path / "run", **{**FAST, **options})
-    assert list(tmp_path.iterdir()) == [] and model.adapters == {} and model._peft is None
+    assert list(tmp_path.iterdir()) == [] and not model.adapters and not [n for n, _ in model.hf.named_modules() if "lora" in n]
 
 
 def test_rows_that_cannot_be_used(tiny_model, tiny_chats, tmp_path):

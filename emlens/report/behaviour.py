@@ -22,10 +22,12 @@ from emlens.report.words import (
 
 def tuned(folder: Folder) -> Finding:
     """Did the runs learn what they were trained on?"""
-    runs = folder.tables["runs"]
-    drop = runs["heldout_before"] - runs["heldout_after"]
-    half = 1.96 * runs["heldout_se"].fillna(0)
-    learned = list(drop - half > 0)
+    runs = folder.tables["runs"].dropna(subset=["heldout_drop"])
+    unknown = len(folder.tables["runs"]) - len(runs)
+    if runs.empty:
+        claim = "Whether the runs learned their set is not known: no answers were held out."
+        return Finding("Did the tuning train?", "description", claim, (), "training")
+    learned = list(runs["heldout_drop_low"] > 0)
     state = of_all(learned)
     claim = {
         "found": f"All {count(len(runs))} runs learned their set: the loss on held-out answers fell.",
@@ -37,11 +39,12 @@ def tuned(folder: Folder) -> Finding:
         before, after = number(group["heldout_before"].mean()), number(group["heldout_after"].mean())
         runs_word = plural("run", len(group))
         said.append(f"{capital(content)} advice: held-out loss {before} → {after} {NATS} (mean of {len(group)} {runs_word})")
-    least = drop.idxmin()
-    interval = f"[{number(drop[least] - half[least])}, {number(drop[least] + half[least])}]"
-    heldout = sorted({int(facts["n_heldout"]) for facts in folder.study.get("data", {}).values() if facts.get("n_heldout")})
-    size = f"n = {' to '.join(str(n) for n in heldout[:: max(len(heldout) - 1, 1)])} answers a set; " if heldout else ""
-    said.append(f"Smallest drop {number(drop[least])} {interval} ({runs.loc[least, 'run']}); {size}interval ±1.96 standard errors, no test made")
+    least = runs.loc[runs["heldout_drop"].idxmin()]
+    interval = f"[{number(least['heldout_drop_low'])}, {number(least['heldout_drop_high'])}]"
+    n = f"n = {int(least['n_heldout'])} held-out answers, each before and after"
+    said.append(f"Smallest drop {number(least['heldout_drop'])} {interval} ({least['run']}); {n}; 95 % t interval of the paired drop, no test made")
+    if unknown:
+        said.append(f"{capital(count(unknown))} {plural('run', unknown)} held no answers out and {'is' if unknown == 1 else 'are'} not counted")
     return Finding("Did the tuning train?", state, claim, tuple(said), "training")
 
 

@@ -127,6 +127,21 @@ def _shift_norms(folder: Folder) -> Drawn:
     return figure, rows, [caption, _only_main(folder)]
 
 
+def _shift_agreement(folder: Folder) -> Drawn:
+    rows = folder.tables["shift_agreement"]
+    figure = plots.by_layer(rows, color="kind", y_title="mean cosine of two runs' shifts")
+    pairs = rows.drop_duplicates("kind")
+    said = "; ".join(f"{row['kind']} {row['pairs']}" for _, row in pairs.iterrows())
+    return (
+        figure,
+        rows,
+        [
+            f"n = {_span(rows['n'])} questions; mean over questions and over the pairs of runs that differ in one thing only, so many pairs: {said}.",
+            "Bands: 95 % intervals over whole categories of questions, given these runs. Description: no test.",
+        ],
+    )
+
+
 def _overlap(folder: Folder) -> Drawn:
     rows = folder.tables["overlap"]
     figure = plots.by_layer(rows, metric="mean_cos2", color="comparison", facet="domain", y_title="mean cos²")
@@ -223,6 +238,13 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         "How far does tuning move activations at the last prompt token?",
         ("shift_norms", "runs"),
         _shift_norms,
+    ),
+    (
+        "shift-agreement",
+        "Agreement of shifts",
+        "How alike do two tunings shift one question: two seeds (the noise floor of a shift), and tunings on other advice?",
+        ("shift_agreement",),
+        _shift_agreement,
     ),
     (
         "overlap",

@@ -15,6 +15,7 @@ QUESTIONS: tuple[tuple[Callable[[Folder], Finding | None], tuple[str, ...]], ...
     (behaviour.tuned, ("runs",)),
     (behaviour.bad_against_sound, ("margin_change",)),
     (behaviour.schedules_and_seeds, ("margin_change",)),
+    (inside.agreement, ("shift_agreement",)),
     (inside.overlap, ("overlap",)),
     (inside.similarity, ("similarity", "runs")),
     (inside.overlap_and_similarity, ("overlap_similarity", "runs")),

@@ -12,7 +12,10 @@ from emlens import store
 _RESULT = ("metric", "estimate", "low", "high", "null", "null_low", "null_high", "p", "q", "n")
 _RUN = ("run", "domain", "content", "schedule", "seed")
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "runs": (*_RUN, "heldout_before", "heldout_after", "heldout_se", "margin_before", "margin_after"),
+    "runs": (
+        *_RUN, "heldout_before", "heldout_after", "heldout_drop", "heldout_drop_low", "heldout_drop_high", "n_heldout", "margin_before",
+        "margin_after",
+    ),
     "training": (*_RUN, "step", "loss"),
     "checkpoints": (*_RUN, "step", "heldout_loss", "margin", "margin_low", "margin_high", "n"),
     "margins": ("variant", "id", "category", "question", "margin"),
@@ -20,6 +23,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "margin_change": ("domain", "schedule", "seed", "comparison", *_RESULT),
     "answers": ("variant", "id", "question", "answer"),
     "shift_norms": ("run", "set", "layer", "relative"),
+    "shift_agreement": ("kind", "layer", "metric", "estimate", "low", "high", "n", "pairs"),
     "overlap": ("domain", "layer", "comparison", *_RESULT),
     "similarity": ("run", "layer", "comparison", *_RESULT),
     "overlap_similarity": ("run", "layer", *_RESULT),
@@ -30,7 +34,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "dose_slope": ("domain", "layer", *_RESULT),
     "dose_random": ("layer", "strength", "direction", "margin_change"),
     "pieces": ("piece", "seconds"),
-}
+}  # fmt: skip
 """The tables the page knows, each with the columns it reads; a table may have more, and any may be missing."""
 
 
@@ -41,6 +45,11 @@ class Folder:
     path: Path
     study: Mapping[str, Any]
     tables: Mapping[str, pd.DataFrame]
+
+    @property
+    def history(self) -> list[Mapping[str, Any]]:
+        """Every run of this folder that ended, the last one last; a `study.json` without a history tells of its last run."""
+        return list(self.study.get("history") or [self.study])
 
     def missing(self, *names: str) -> list[str]:
         """Which of these tables are not there."""

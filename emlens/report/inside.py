@@ -23,6 +23,46 @@ from emlens.report.words import (
 _TARGETS = {"margin after": "the margin after tuning", "change of margin": "its change"}
 
 
+_FLOOR, _TWIN = "another seed", "bad against sound"
+
+
+def agreement(folder: Folder) -> Finding | None:
+    """How alike do two seeds shift a question, and does a twin's shift differ by more than a seed's? Described, not tested."""
+    table = folder.estimates("shift_agreement")
+    kinds = {str(kind): rows.set_index("layer") for kind, rows in table.groupby("kind", sort=False)}
+    if not kinds:
+        return None
+    middle = {kind: number(rows["estimate"].median()) for kind, rows in kinds.items()}
+    if _FLOOR not in kinds:
+        claim = "The noise floor of a shift is not known: no two runs differ in their seed alone"
+    else:
+        claim = f"Two seeds of one tuning shift a question alike up to a cosine of {middle[_FLOOR]}, the noise floor of a shift"
+        if _TWIN in kinds:
+            claim += f"; {_beside_the_floor(kinds[_FLOOR], kinds[_TWIN])}"
+    said = []
+    for kind, rows in kinds.items():
+        least = rows.loc[rows["estimate"].idxmin()]
+        pairs = int(least["pairs"])
+        said.append(
+            f"{capital(kind)} ({pairs} {'pair' if pairs == 1 else 'pairs'} of runs): median over layers {middle[kind]}; "
+            f"lowest at layer {int(least.name)}: {estimate(least)}, {sample(least, 'questions')}"
+        )
+    said.append("Mean cosine of two runs' shifts of one question; intervals over questions, given these runs; no test made")
+    return Finding("Noise floor of a shift", "description", f"{claim}.", tuple(said), "shift-agreement")
+
+
+def _beside_the_floor(floor: pd.DataFrame, twin: pd.DataFrame) -> str:
+    """Whether bad and sound tunings agree less than two seeds do: in which layers the one interval lies wholly below the other."""
+    layers = floor.index.intersection(twin.index)
+    below = int((twin.loc[layers, "high"] < floor.loc[layers, "low"]).sum())
+    cosine = f"(cosine {number(twin['estimate'].median())})"
+    if below > len(layers) / 2:
+        return f"a bad set and its sound twin agree less {cosine}, in {below} of {len(layers)} layers with intervals that do not touch"
+    if below:
+        return f"a bad set and its sound twin agree less {cosine} in {below} of {len(layers)} layers only"
+    return f"a bad set and its sound twin agree no less {cosine} that could be told: in no layer do the intervals lie apart"
+
+
 def overlap(folder: Folder) -> Finding | None:
     """Do training prompts and questions lie in the same directions?"""
     table = _one_null(folder.estimates("overlap"), "isotropic")

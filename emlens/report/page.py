@@ -31,6 +31,7 @@ TERMS = {
         "likelier ones."
     ),
     "Shift": "Activations after tuning less those before it, at the same prompt, layer and position.",
+    "Noise floor": "How alike two seeds of one tuning shift a question (mean cosine). What differs by less than that is not told apart.",
     "Overlap": ("Mean squared cosine of the principal angles between two subspaces: 1 if they are the same; k/d by chance."),
     "Similarity": "Mean cosine of each question's shift with the mean shift of the training prompts.",
     "Control, ceiling": ("The same measure between two halves of the questions; between two halves of the training prompts."),
@@ -210,14 +211,12 @@ def _answers(folder: Folder) -> str:
 
 def _card(folder: Folder) -> str:
     study = folder.study
-    took = f"{float(study.get('seconds') or 0):.0f} s, from {study.get('started', '–')} to {study.get('finished', '–')}"
     facts: dict[str, object] = {
         "Command": study.get("command", "–"),
         "Model": _pairs(study.get("model", {})),
         "Versions": _pairs(study.get("versions", {})),
         "Machine": _pairs(study.get("machine", {})),
-        "Time": f"{took}; {study.get('cached_pieces', '–')} of {study.get('pieces', '–')} pieces were read back",
-        "Peak memory": f"{float(study.get('peak_memory_gib') or np.nan):.2f} GiB",
+        **_cost(folder),
         **{f"Data: {name}": _pairs(each) for name, each in study.get("data", {}).items()},
     }
     if "runs" in folder.tables:
@@ -237,6 +236,27 @@ def _card(folder: Folder) -> str:
         + f'<table class="facts"><tbody>{rows}</tbody></table>{unfold}'
         + f"<details><summary>The study as declared</summary><pre>{config}</pre></details></section>"
     )
+
+
+def _cost(folder: Folder) -> dict[str, str]:
+    """What making the study cost, and beside it the last run, which may have done nothing but read back."""
+    last = folder.history[-1]
+    runs = pd.DataFrame(folder.history).reindex(columns=["seconds", "peak_memory_gib", "pieces", "cached_pieces"])
+    making = runs[runs["pieces"] > runs["cached_pieces"]]
+    time, peak = "not recorded: every run on record read all its pieces back", ""
+    if len(making):
+        time = f"{making['seconds'].sum():.0f} s in {len(making)} {plural('run', len(making))} that made pieces (killed runs are not counted)"
+        peak = f"{making['peak_memory_gib'].max():.2f} GiB, the most of any run that made pieces; "
+    if "pieces" in folder.tables:
+        own = folder.tables["pieces"]["seconds"]
+        unknown = f" ({own.isna().sum()} of them did not note theirs)" if own.isna().any() else ""
+        time += f"; the {len(own)} pieces' own seconds, whichever run made them, come to {own.sum():.0f} s{unknown}"
+    return {
+        "Time to make it": time,
+        "Last run": f"{float(last.get('seconds') or np.nan):.0f} s, from {last.get('started', '–')} to {last.get('finished', '–')}; "
+        f"{last.get('cached_pieces', '–')} of {last.get('pieces', '–')} pieces were read back",
+        "Peak memory": f"{peak}{float(last.get('peak_memory_gib') or np.nan):.2f} GiB in the last run",
+    }
 
 
 def _pairs(facts: Mapping[str, Any]) -> str:

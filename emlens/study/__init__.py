@@ -20,6 +20,9 @@ from .grid import Cell, StudyError, cells, read_config, twins
 
 FORMAT = 1
 
+RUN_FACTS = ("command", "started", "finished", "seconds", "peak_memory_gib", "pieces", "cached_pieces")
+"""What ``study.json`` says of the last run, and its ``history`` of every run that ended."""
+
 __all__ = ["Cell", "Study", "StudyError", "cells", "twins"]
 
 
@@ -45,6 +48,7 @@ class Study:
         """Run every piece that is missing in ``out`` (default ``runs/<name>``), then tables and report; returns the folder.
 
         A killed run goes on from its last finished piece and ends in the same numbers. Pieces are checked against their SHA-256 when read.
+        ``study.json`` tells of the last run; its ``history`` keeps a record of every run that ended, so that reading back hides no cost.
 
         Raises:
             StoreError: ``out`` is a file, was written by another version, is damaged (the file is named), is in use, or the disk is full.
@@ -53,7 +57,7 @@ class Study:
 
         folder = Path(out) if out is not None else Path("runs") / str(self.config["name"])
         with alone(folder):
-            _check_format(folder)
+            earlier = _history(folder)
             store.sweep(folder)
             started, clock = datetime.now().astimezone(), time.monotonic()
             tables, facts = self._tables(folder)
@@ -73,6 +77,7 @@ class Study:
                 "machine": machine(),
                 **facts,
             }
+            record["history"] = [*earlier, {fact: record[fact] for fact in RUN_FACTS}]
             store.write_json(folder / "study.json", record)
             from ..report import build
 
@@ -113,7 +118,7 @@ class Study:
             "margin_change": analyse.margin_change(bench.grid, margins, seed),
             "answers": answers,
             "shift_norms": analyse.norms_table(shift, training_shift, before, training_before, bench.grid),
-            "shift_agreement": analyse.agreement_table(shift),
+            **analyse.agreement_tables(shift, bench.grid, seed),
             "overlap": analysis("overlap", geometry, lambda: analyse.overlap_table(before, training_before, k, draws, seed)),
             "similarity": analysis("similarity", geometry, lambda: analyse.similarity_table(shift, training_shift, draws, seed)),
             "overlap_similarity": analysis(
@@ -145,15 +150,25 @@ class Study:
         return tables, facts
 
 
-def _check_format(folder: Path) -> None:
-    if not (folder / "study.json").exists():
-        return
-    found = store.read_json(folder / "study.json").get("format")
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The runs recorded in the ``study.json`` of a folder, none where there is no such file; another format is refused.
+
+    A ``study.json`` from before every run was recorded holds one: its last.
+    """
+    path = folder / "study.json"
+    if not path.exists():
+        return []
+    study = store.read_json(path)
+    found = study.get("format")
     if found != FORMAT:
         raise store.StoreError(
             f"{folder} was written in run format {found!r}; this emlens writes format {FORMAT}. "
             "Use the emlens that wrote it, or choose another --out."
         )
+    runs = study.get("history", [{fact: study[fact] for fact in RUN_FACTS}] if set(RUN_FACTS) <= set(study) else [])
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise store.StoreError(f"{path} is damaged (its 'history' is no list of runs). Delete it and run the study again: the pieces are kept.")
+    return runs
 
 
 def versions() -> dict[str, str]:

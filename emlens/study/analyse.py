@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
+from scipy import stats as scipy_stats
 
 from .. import stats
 from ..activations import Activations
-from ..directions import Direction, held_out_separation, project
-from ..geometry import overlap, overlap_similarity, shift_norms, similarity, split_half_overlap, split_half_similarity
+from ..directions import Direction, project
+from ..dynamics import HELD_OUT
+from ..geometry import overlap, split_half_overlap
 from ..prediction import predict
+from ..separation import held_out_separation
+from ..shifts import overlap_similarity, shift_agreement, shift_norms, similarity, split_half_similarity
 from ..steering import random_means, slopes, summarise
 from ..tuning import Run
-from .grid import Cell, twins
+from .grid import PAIR_KINDS, Cell, pair_kind, twins
 
 BEFORE = "before"
 Shifts = Mapping[str, Activations]
@@ -29,6 +32,7 @@ def runs_table(grid: Sequence[Cell], runs: Mapping[str, Run], margins: pd.DataFr
         first, last = run.checkpoints.iloc[0], run.checkpoints.iloc[-1]
         before, after = _of(margins, BEFORE), _of(margins, cell.label)
         low, high = stats.bootstrap_interval(after["margin"].to_numpy(), clusters=after["category"].to_numpy(), seed=seed)
+        drop, reach = last["heldout_drop"], drop_reach(last["heldout_drop_se"], run.config["n_heldout"])
         rows.append(
             {
                 **cell.facts,
@@ -42,6 +46,10 @@ def runs_table(grid: Sequence[Cell], runs: Mapping[str, Run], margins: pd.DataFr
                 "heldout_before": first["heldout_loss"],
                 "heldout_after": last["heldout_loss"],
                 "heldout_se": last["heldout_se"],
+                "heldout_drop": drop,
+                "heldout_drop_se": last["heldout_drop_se"],
+                "heldout_drop_low": drop - reach,
+                "heldout_drop_high": drop + reach,
                 "margin_before": before["margin"].mean(),
                 "margin_after": after["margin"].mean(),
                 "margin_low": low,
@@ -56,6 +64,11 @@ def runs_table(grid: Sequence[Cell], runs: Mapping[str, Run], margins: pd.DataFr
     return pd.DataFrame(rows)
 
 
+def drop_reach(se: float, n: int, level: float = 0.95) -> float:
+    """Half the width of Student's t interval around a mean of n paired drops with this standard error; NaN for fewer than two."""
+    return float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * se if n > 1 else float("nan")
+
+
 def training_table(grid: Sequence[Cell], runs: Mapping[str, Run]) -> pd.DataFrame:
     return pd.concat([runs[c.label].losses.assign(**c.facts) for c in grid], ignore_index=True)
 
@@ -67,9 +80,7 @@ def checkpoints_table(points: pd.DataFrame, seed: int) -> pd.DataFrame:
     for key, part in points.groupby(keys, sort=False):
         low, high = stats.bootstrap_interval(part["margin"].to_numpy(), clusters=part["category"].to_numpy(), seed=seed)
         ends = {"margin": part["margin"].mean(), "margin_low": low, "margin_high": high, "n": len(part)}
-        rows.append(
-            {**dict(zip(keys, key, strict=True)), "heldout_loss": part["heldout_loss"].iloc[0], "heldout_se": part["heldout_se"].iloc[0], **ends}
-        )
+        rows.append({**dict(zip(keys, key, strict=True)), **part[HELD_OUT].iloc[0].to_dict(), **ends})
     return pd.DataFrame(rows)
 
 
@@ -167,17 +178,26 @@ def overlap_similarity_table(
     return _stack(parts, ["run", "layer"], ["metric"], like=found, what=what)
 
 
-def agreement_table(questions: Shifts) -> pd.DataFrame:
-    """Mean over questions of the cosine between two runs' shifts of one question, per layer: two seeds of one cell give the noise floor."""
-    rows = []
-    names = list(questions)
-    for i, a in enumerate(names):
-        for b in names[i:]:
-            x, y = questions[a].values, questions[b].select(ids=questions[a].ids).values
-            size = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-            cosine = ((x * y).sum(axis=-1) / np.maximum(size, 1e-12)).mean(axis=0)
-            rows += [{"run_a": a, "run_b": b, "layer": layer, "cosine": float(c)} for layer, c in zip(questions[a].layers, cosine, strict=True)]
-    return pd.DataFrame(rows)
+def agreement_tables(questions: Shifts, grid: Sequence[Cell], seed: int) -> dict[str, pd.DataFrame]:
+    """Do two tunings shift a question the same way? Every pair of runs, and the pairs that differ in one thing only, by what that is.
+
+    Two seeds of one tuning give the noise floor of a shift. Descriptions; intervals over whole categories of questions, given the runs.
+    """
+    kinds: dict[str, list[tuple[Activations, Activations]]] = {kind: [] for kind in PAIR_KINDS.values()}
+    pairs, by_kind = [], []
+    for i, a in enumerate(grid):
+        for b in grid[i + 1 :]:
+            kind, shifts = pair_kind(a, b), (questions[a.label], questions[b.label])
+            if kind:
+                kinds.setdefault(kind, []).append(shifts)
+            found = shift_agreement([shifts], clusters="category", seed=seed)
+            pairs.append(found.assign(run_a=a.label, run_b=b.label, kind=kind or "several things differ"))
+    for kind, together in kinds.items():
+        if together:
+            by_kind.append(shift_agreement(together, clusters="category", seed=seed).assign(kind=kind))
+    ends = ["layer", "metric", "estimate", "low", "high", "n"]
+    columns = {"shift_agreement": (by_kind, ["kind", *ends, "pairs"]), "shift_pairs": (pairs, ["run_a", "run_b", "kind", *ends])}
+    return {name: pd.concat(parts, ignore_index=True)[keep] if parts else pd.DataFrame(columns=keep) for name, (parts, keep) in columns.items()}
 
 
 # ---- prediction and directions

@@ -121,6 +121,20 @@ def twins(grid: list[Cell]) -> list[tuple[Cell, Cell]]:
     ]
 
 
+PAIR_KINDS = {"seed": "another seed", "schedule": "another schedule", "content": "bad against sound", "domain": "another domain"}
+"""What two runs that differ in one thing only are called, in the order of the page: the noise floor first."""
+
+
+def pair_kind(a: Cell, b: Cell) -> str:
+    """The one thing in which two tunings of the grid differ; empty where it is more than one."""
+    other = (a.recipe.keys() | b.recipe.keys()) - {"schedule", "seed"}
+    differ = {fact for fact in PAIR_KINDS if getattr(a, fact) != getattr(b, fact)} | {k for k in other if a.recipe.get(k) != b.recipe.get(k)}
+    if a.data != b.data and not {"content", "domain"} & differ:
+        differ.add("data")
+    only = differ.pop() if len(differ) == 1 else ""
+    return PAIR_KINDS.get(only, f"another {only.replace('_', ' ')}" if only else "")
+
+
 def questions_of(config: Mapping[str, Any]) -> pd.DataFrame:
     """The question set, or the stated number taken evenly from its categories (``take``)."""
     table = load_prompts(config["questions"])

@@ -10,12 +10,12 @@ import pandas as pd
 from .. import store
 from ..activations import Activations
 from ..directions import Direction, mean_difference, random_directions
-from ..dynamics import checkpoint_margins
+from ..dynamics import HELD_OUT, checkpoint_margins
 from ..loading import identify
 from ..models import HookedModel, load_model
 from ..prompts import fingerprint
 from ..steering import steered_margins
-from ..tuning import Run, finetune
+from ..tuning import LAYOUT, Run, finetune, planned
 from .grid import Cell, cells, evenly, halves, questions_of, training_of, twins
 from .pieces import Pieces
 
@@ -50,28 +50,32 @@ class Bench:
     # ---- what will be done, with rough weights in seconds
 
     def _weights(self) -> dict[str, float]:
-        n = len(self.questions)
-        per_question = 0.2
-        steps = float(self.config["tune"].get("steps", 50))
+        """``{label: rough seconds}`` of every piece of the study; the rates are those of a 135M model on two cores, but only their ratios matter."""
+        scored, read, n = 0.15, 0.065, len(self.questions)
         subset = min(n, self.config["score"]["checkpoint_questions"])
-        weights: dict[str, float] = {f"margins {BEFORE}": n * per_question, f"answers {BEFORE}": 8.0, f"questions {BEFORE}": 0.06 * n}
+        trained = read * self.config["record"]["training_prompts"]
+        written = 0.01 * self.config["generate"]["questions"] * self.config["generate"]["max_new_tokens"]
+        weights = {f"margins {BEFORE}": scored * n, f"answers {BEFORE}": written, f"questions {BEFORE}": read * n}
         for domain in {c.domain for c in self.grid}:
-            weights[f"training prompts {domain} {BEFORE}"] = 0.06 * self.config["record"]["training_prompts"]
+            weights[f"training prompts {domain} {BEFORE}"] = trained
         for cell in self.grid:
-            weights[f"tune {cell.label}"] = 1.2 * steps + 10
-            weights[f"margins {cell.label}"] = n * per_question
-            weights[f"checkpoints {cell.label}"] = subset * per_question * self.config["tune"].get("checkpoints", 3)
-            weights[f"questions {cell.label}"] = 0.06 * n
-            weights[f"training prompts {cell.label}"] = 0.06 * self.config["record"]["training_prompts"]
+            plan = planned(self.training[cell.label], **cell.recipe)
+            kept = len(plan["checkpoints"])
+            weights[f"tune {cell.label}"] = 0.2 * plan["rows_seen"] + 0.1 * plan["n_heldout"] * (kept + 2)
+            weights[f"margins {cell.label}"] = scored * n
+            if kept:
+                weights[f"checkpoints {cell.label}"] = scored * subset * kept
+            weights[f"questions {cell.label}"] = read * n
+            weights[f"training prompts {cell.label}"] = trained
         for bad, _ in self.steered_pairs:
-            weights[f"answers {bad.label}"] = 8.0
+            weights[f"answers {bad.label}"] = written
         steer = self.config["steer"]
         for domain in [bad.domain for bad, _ in self.steered_pairs] + ["random"]:
             arms = steer["controls"] if domain == "random" else 1
             for layer in steer["layers"]:
                 for strength in steer["strengths"]:
-                    weights[f"steer {domain} layer {layer} strength {strength}"] = arms * steer["questions"] * per_question
-        return weights
+                    weights[f"steer {domain} layer {layer} strength {strength}"] = 0.12 * (arms + 1) * steer["questions"]
+        return {**weights, **analysis_weights(self.config, len(self.grid), len(self.steered_pairs))}
 
     @cached_property
     def steered_pairs(self) -> list[tuple[Cell, Cell]]:
@@ -86,7 +90,7 @@ class Bench:
     def tune(self) -> None:
         for cell in self.grid:
             data = self.training[cell.label]
-            determined = {**self.identity, "data": fingerprint(data), "recipe": dict(cell.recipe)}
+            determined = {**self.identity, "data": fingerprint(data), "recipe": dict(cell.recipe), "layout": LAYOUT}
 
             def write(folder: Path, cell: Cell = cell, data: pd.DataFrame = data) -> None:
                 finetune(self.model, data, folder, **cell.recipe)
@@ -136,7 +140,7 @@ class Bench:
             parts = []
             for point, variant in ((run.checkpoints.iloc[0], BEFORE), (run.checkpoints.iloc[-1], cell.label)):
                 known = scored.loc[scored["variant"] == variant, ["id", "category", "margin"]]
-                parts.append(known.assign(**point[["step", "heldout_loss", "heldout_se"]].to_dict()))
+                parts.append(known.assign(**point[["step", *HELD_OUT]].to_dict()))
             if between:
                 determined = {**self._variant(cell.label), "questions": fingerprint(subset), "precision": precision, "steps": between}
 
@@ -226,6 +230,17 @@ class Bench:
                     digest = store.digest_text(direction.layer(layer).tobytes().hex())
                     own[domain].append(piece(domain, {"direction": direction}, digest, layer, strength))
         return {domain: pd.concat([*tables, *random], ignore_index=True) for domain, tables in own.items()}
+
+
+def analysis_weights(config: Mapping[str, Any], runs: int, pairs: int) -> dict[str, float]:
+    """``{label: rough seconds}`` of the analyses that are kept as pieces; the labels are those that :class:`emlens.study.Study` asks for."""
+    return {
+        "overlap": 1.2 * pairs,
+        "similarity": 0.1 * runs,
+        "overlap against similarity": 0.35 * runs * config["geometry"]["n_permutations"] / 1000,
+        "prediction": 4.0 * pairs * config["predict"]["n_permutations"] / 200,
+        "direction": 0.85 * pairs * config["steer"]["n_permutations"] / 1000,
+    }
 
 
 def training_prompts(table: pd.DataFrame, n: int) -> pd.DataFrame:

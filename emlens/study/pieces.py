@@ -1,5 +1,6 @@
 """Record once: every expensive piece of a study is written once, under a key made of everything that determined it."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,8 @@ from .. import store
 
 class Pieces:
     """The pieces of one run folder: made when missing, read back (and checked) when there.
+
+    ``made`` lists every piece asked for with the seconds that making it took, in this run or in an earlier one; NaN where nobody wrote them down.
 
     Args:
         root: folder of the pieces.
@@ -50,15 +53,21 @@ class Pieces:
         return self.own_folder(what, label, determined_by, write)
 
     def own_folder(self, what: str, label: str, determined_by: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-        """A piece whose maker writes the folder itself, whole or not at all (:func:`store.writing`)."""
+        """A piece whose maker writes the folder itself, whole or not at all (:func:`store.writing`).
+
+        Its manifest is the maker's: where that does not say how long it took, ``<key>.json`` beside the folder does.
+        """
         folder = self.root / store.key(what, **determined_by)
         there = folder.exists()
         started = time.monotonic()
         if not there:
             self.say(f"{self._head()} {label} …")
             write(folder)
-        made_by = store.verify(folder)
         seconds = time.monotonic() - started
+        made_by = store.verify(folder)
+        clock = folder.with_name(f"{folder.name}.json")
+        if not there and "seconds" not in made_by:
+            store.write_json(clock, {"piece": label, "seconds": round(seconds, 2)})
         weight = self.weights.get(label, 1.0)
         self._done_weight += weight
         if there:
@@ -66,7 +75,8 @@ class Pieces:
         else:
             self._spent_weight += weight
             self.say(f"{self._head()} {label}: {seconds:.1f} s · {self._eta()}")
-        self.made.append({"piece": label, "key": folder.name, "seconds": made_by.get("seconds", round(seconds, 2))})
+        told = made_by if "seconds" in made_by or not clock.exists() else store.read_json(clock)
+        self.made.append({"piece": label, "key": folder.name, "seconds": float(told.get("seconds", math.nan))})
         return folder
 
     def _head(self) -> str:

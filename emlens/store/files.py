@@ -1,9 +1,4 @@
-"""What is kept: keys, atomic writes, checksums. The only file that writes what is read back later.
-
-Two shapes are kept. A *table* is a parquet file with its SHA-256 beside it (``sha256sum -c`` reads the same line). An *entry* is a
-folder with a ``manifest.json`` that names every file, its size and its SHA-256, and what made it; a folder appears under its final name only
-when all of it is on the disk, so a kill at any moment leaves either a whole entry or none.
-"""
+"""Keys, checksums, and files that are there whole or not at all."""
 
 import errno
 import hashlib
@@ -22,8 +17,6 @@ from safetensors import SafetensorError
 
 FORMAT = 1
 """Version of the layout on disk; a folder written with another one is refused, never guessed at."""
-
-MANIFEST = "manifest.json"
 
 
 class StoreError(RuntimeError):
@@ -70,7 +63,7 @@ def key(what: str, **parts: Any) -> str:
     return f"{what}-{digest_text(canonical({'what': what, 'format': FORMAT, **parts}))[:16]}"
 
 
-def _refuse_file(folder: Path) -> None:
+def refuse_file(folder: Path) -> None:
     for path in [folder, *folder.parents]:
         if path.exists():
             if not path.is_dir():
@@ -86,7 +79,7 @@ def _is_no_space(error: OSError | SafetensorError) -> bool:
 
 
 @contextmanager
-def _no_space(path: Path) -> Iterator[None]:
+def no_space(path: Path, needed: int = 0) -> Iterator[None]:
     """Turn 'no space left' into an error that says how much is free and where."""
     try:
         yield
@@ -94,13 +87,14 @@ def _no_space(path: Path) -> Iterator[None]:
         if not _is_no_space(error):
             raise
         free = shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+        asked = f", {needed / 2**20:.0f} MiB are written in all" if needed else ""
         raise StoreError(
-            f"the disk is full while writing {path} ({free / 2**20:.0f} MiB free). Nothing half-written was left behind; "
+            f"the disk is full while writing {path} ({free / 2**20:.0f} MiB free{asked}). Nothing half-written was left behind; "
             "free some space or choose another output folder, and run the same command again: finished pieces are kept."
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -112,15 +106,15 @@ def _sync(path: Path) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
     path = Path(path)
-    _refuse_file(path.parent)
+    refuse_file(path.parent)
     if path.is_dir():
         raise StoreError(f"{path} is a folder; a file is to be written there. Choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _no_space(path):
+    with no_space(path):
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -169,66 +163,6 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     if seal.read_bytes().split()[:1] != [digest_file(path).encode()]:
         raise StoreError(f"{path} is damaged: its SHA-256 is not the one in {seal.name}. Delete it and run the study again.")
     return pd.read_parquet(path, engine="pyarrow")
-
-
-# ---- entries: folders that appear whole or not at all
-
-
-@contextmanager
-def writing(folder: str | os.PathLike, made_by: Mapping[str, Any]) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder``, with its manifest, when the block ends well."""
-    folder = Path(folder)
-    _refuse_file(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with _no_space(folder):
-        try:
-            temporary.mkdir()
-            yield temporary
-            files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            listed = {p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in files}
-            made = plain(made_by)
-            manifest = {"format": FORMAT, "made_by": made, "made_by_sha256": digest_text(canonical(made)), "files": listed}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            for p in [*files, temporary / MANIFEST]:
-                _sync(p)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def verify(folder: str | os.PathLike) -> dict[str, Any]:
-    """Check every file of an entry against its manifest; returns what made it.
-
-    Raises:
-        StoreError: the folder has no manifest, another format version, a missing or a damaged file (named).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise StoreError(f"{folder} is not a folder written by emlens: {'it is a file' if folder.exists() else 'nothing is there'}.")
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise StoreError(
-            f"{folder} was written in format {found!r}; this emlens reads format {FORMAT}. "
-            "Use the emlens that wrote it, or choose a new output folder."
-        )
-    files = manifest.get("files")
-    whole = isinstance(files, dict) and all(isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values())
-    if not whole or digest_text(canonical(manifest.get("made_by"))) != manifest.get("made_by_sha256"):
-        raise StoreError(f"{folder / MANIFEST} is damaged. Delete the folder {folder} and run again: only this piece is made anew.")
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise StoreError(f"{path} is missing. Delete the folder {folder} and run again: only this piece is made anew.")
-        if path.stat().st_size != facts["bytes"] or digest_file(path) != facts["sha256"]:
-            raise StoreError(
-                f"{path} is damaged: its content is not what the manifest says. Delete the folder {folder} and run again: "
-                "only this piece is made anew."
-            )
-    return manifest["made_by"]
 
 
 def sweep(root: str | os.PathLike) -> list[Path]:

@@ -1,0 +1,215 @@
+"""Shifts (after less before) of Activations, per layer: how long, how alike, and whether nearness to the training prompts says how alike.
+
+Similarity is the mean cosine of each prompt's shift with the mean shift of the training prompts; nulls and controls
+stand beside it as in `emlens.geometry`, which asks the same of the prompts' subspaces.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from . import nulls as null_draws
+from . import stats
+from ._sides import both_places, check_same_layers, facts_column, layer_rows, split_half_result
+from .activations import Activations
+from .geometry import overlap_by_prompt
+from .subspaces import cosines, row_cosines, unit_rows
+
+
+def shift_norms(shift: Activations, before: Activations) -> pd.DataFrame:
+    """Length of shifts per layer: norm (median over prompts, L2) and relative (to the median length of `before`); a
+    description, no null."""
+    check_same_layers(shift, before)
+    norm, residual = (np.median(np.linalg.norm(x.values.astype(np.float64), axis=2), axis=0) for x in (shift, before))
+    return pd.DataFrame({"layer": shift.layers, "norm": norm, "relative": norm / residual})
+
+
+def shift_agreement(
+    pairs: Sequence[tuple[Activations, Activations]], clusters: str | None = None, level: float = 0.95, n_boot: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """How alike two tunings shift one prompt: the cosine of their shifts, mean over prompts and over the pairs of tunings
+    given, per layer.
+
+    Two seeds of one tuning give the noise floor of a shift: shifts that agree as well as that are not told apart.
+
+    pairs     shifts of two tunings each, of the same prompts (matched by id), all of one set of prompts.
+    clusters  a column of the first shift's facts, drawn whole in the bootstrap.
+
+    Returns a frame layer, metric "mean cosine", estimate, low, high (bootstrap over prompts, given the tunings), n
+    (prompts), pairs; a description without a null. Errors: ValueError for no pair, different layers, widths or prompts;
+    KeyError for an unknown column.
+    """
+    if not pairs:
+        raise ValueError("no pair of shifts was given; at least one is needed")
+    first = pairs[0][0]
+    cosine = []
+    for pair in pairs:
+        for shift in pair:
+            check_same_layers(first, shift)
+            strange = set(first.ids) ^ set(shift.ids)
+            if strange:
+                raise ValueError(f"{len(strange)} prompts are on one side only, e.g. {min(strange)!r}: give shifts of the same prompts")
+        x, y = (shift.select(ids=first.ids) for shift in pair)
+        cosine.append(np.stack([row_cosines(x.layer(layer), y.layer(layer)) for layer in first.layers], axis=1))
+    values = np.mean(cosine, axis=0)
+    low, high = stats.bootstrap_interval(values, clusters=facts_column(first, clusters), level=level, n_boot=n_boot, seed=seed)
+    table = pd.DataFrame(layer_rows(first.layers, "mean cosine", (values.mean(axis=0), low, high), first.n_prompts))
+    return table.assign(pairs=len(pairs))
+
+
+def similarity(
+    train_shift: Activations,
+    shift: Activations,
+    nulls: Sequence[str] | str = ("isotropic",),
+    n_draws: int = 1000,
+    seed: int = 0,
+    clusters: str | None = None,
+    level: float = 0.95,
+) -> stats.Result:
+    """Mean over prompts of cos(shift of the prompt, mean training shift), per layer: metric "mean cosine".
+
+    low/high  bootstrap over prompts, over whole categories when `clusters` names a column of the facts; given the mean
+              training shift.
+    nulls     "isotropic": a random direction in place of the mean training shift, the same one for all prompts; two-
+              sided (an opposite shift is a finding too).
+    Errors: ValueError for different layers or widths, or unknown nulls; KeyError for an unknown column.
+    """
+    check_same_layers(train_shift, shift)
+    names = [nulls] if isinstance(nulls, str) else list(nulls)
+    if set(names) - {"isotropic"}:
+        raise ValueError(f"similarity knows the null 'isotropic'; got {names}")
+    means = [train_shift.layer(i).mean(axis=0, dtype=np.float64) for i in shift.layers]
+    values = np.stack([cosines(shift.layer(i), mean) for i, mean in zip(shift.layers, means, strict=True)], axis=1)
+    ends = stats.bootstrap_interval(values, clusters=facts_column(shift, clusters), level=level, seed=seed)
+    draws = {name: _isotropic_cosines(shift, n_draws, seed) for name in names}
+    rows = layer_rows(shift.layers, "mean cosine", (values.mean(axis=0), *ends), shift.n_prompts)
+    return stats.result(
+        null_draws.beside(rows, draws, "two-sided", level),
+        ["layer"],
+        what=f"mean cosine of {shift.n_prompts} shifts with the mean of {train_shift.n_prompts} training shifts, " + both_places(train_shift, shift),
+        family=["metric", "null"],
+        seed=seed,
+        n_draws=n_draws,
+        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}, given the mean training shift",
+        null={name: null_draws.describe("isotropic direction") for name in names},
+    )
+
+
+def split_half_similarity(
+    shift: Activations,
+    n_splits: int = 20,
+    seed: int = 0,
+    n: int | None = None,
+    n_draws: int = 1000,
+    level: float = 0.95,
+) -> stats.Result:
+    """Similarity of a set of shifts with itself: mean over one random half of the cosine with the mean shift of the
+    other; the median over n_splits.
+
+    The control beside `similarity`. Halves hold n_prompts // 2 prompts, or `n` each, to equal an estimate's n. low and
+    high are the central 95 % of the splits: a spread, not a confidence interval. null "isotropic", two-sided, as in
+    `similarity`.
+    """
+    splits = null_draws.halves(shift.n_prompts, n_splits, seed, n)
+    values = np.empty((len(splits), len(shift.layers)))
+    for column, layer in enumerate(shift.layers):
+        x = shift.layer(layer).astype(np.float64)
+        values[:, column] = [cosines(x[one], x[other].mean(axis=0)).mean() for one, other in splits]
+    half = len(splits[0][0])
+    return split_half_result(
+        shift,
+        "mean cosine",
+        values,
+        half,
+        _isotropic_cosines(shift, n_draws, seed),
+        "two-sided",
+        level,
+        what=f"mean cosine of the shifts of a random half with the mean of the other ({half} a half), {shift.place}",
+        seed=seed,
+        null={"isotropic": null_draws.describe("isotropic direction")},
+    )
+
+
+def similarity_by_prompt(train_shift: Activations, shift: Activations) -> pd.DataFrame:
+    """Each prompt's shift against the mean training shift: columns id, layer, cosine, scalar_projection (onto its unit
+    vector; residual stream units)."""
+    check_same_layers(train_shift, shift)
+    parts = []
+    for layer in shift.layers:
+        x, mean = shift.layer(layer).astype(np.float64), train_shift.layer(layer).mean(axis=0, dtype=np.float64)
+        columns = {"cosine": cosines(x, mean), "scalar_projection": x @ unit_rows(mean[None])[0]}
+        parts.append(pd.DataFrame({"id": shift.facts["id"].to_numpy(), "layer": layer, **columns}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def overlap_similarity(
+    train: Activations,
+    acts: Activations,
+    train_shift: Activations,
+    shift: Activations,
+    k: int = 8,
+    clusters: str | None = None,
+    n_permutations: int = 2000,
+    seed: int = 0,
+    measure: str = "explained_energy",
+    within: str | None = None,
+    level: float = 0.95,
+) -> stats.Result:
+    """Over prompts: does a prompt that lies more in the training subspace shift more like the training prompts?
+
+    Per layer and within one setting (one tuning, one set of questions). Metrics "pearson" and "spearman": correlation
+    of `measure` before tuning with the cosine of the shift to the mean training shift; "pearson baseline": the cosine
+    to the mean training prompt in place of the overlap. Prompts of `acts` and `shift` are matched by id.
+
+    measure   "explained_energy", or its root "norm_fraction" (the paper's).
+    p, band   prompts permuted, two-sided; inside the groups of the column `within` when given (topics, say).
+    low/high  bootstrap over prompts, or over the groups of the column `clusters`.
+
+    All rows share the training mean and subspace: the statement is about these prompts and this tuning, and is not to
+    be pooled over settings. Errors: ValueError for different layers or prompts; KeyError for an unknown column.
+    """
+    if measure not in ("explained_energy", "norm_fraction"):
+        raise ValueError(f"unknown measure {measure!r}; choose 'explained_energy' or 'norm_fraction'")
+    check_same_layers(acts, shift)
+    table = overlap_by_prompt(train, acts, k).merge(similarity_by_prompt(train_shift, shift), on=["id", "layer"], validate="one_to_one")
+    if len(table) != acts.n_prompts * len(acts.layers) or acts.n_prompts != shift.n_prompts:
+        raise ValueError(
+            f"acts holds {acts.n_prompts} prompts, shift {shift.n_prompts}, and {len(table) // len(acts.layers)} ids "
+            "are in both: record the same prompts"
+        )
+    groups, strata = facts_column(acts, clusters), facts_column(acts, within)
+    pairs = {
+        "pearson": (measure, "pearson"),
+        "spearman": (measure, "spearman"),
+        "pearson baseline": ("cosine_to_mean", "pearson"),
+    }
+    rows = []
+    for layer, part in table.groupby("layer", sort=False):
+        for metric, (column, method) in pairs.items():
+            x, y = part[column].to_numpy(), part["cosine"].to_numpy()
+            found = stats.correlation(x, y, groups, n_permutations, seed, method, strata, level)
+            row = {"layer": layer, "metric": metric, "estimate": found.pop("r"), "null": "prompts permuted"}
+            rows.append({**row, **found})
+    inside = f", inside {within}" if within else ""
+    return stats.result(
+        rows,
+        ["layer"],
+        what=f"correlation over prompts of {measure} (k={k}) with shift similarity, {acts.place}",
+        family=["metric", "null"],
+        seed=seed,
+        k=k,
+        n_permutations=n_permutations,
+        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}",
+        null={"prompts permuted": null_draws.describe("prompts permuted") + inside},
+    )
+
+
+# ---- inside
+
+
+def _isotropic_cosines(shift: Activations, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:
+    """Mean cosine of the shifts with random directions."""
+    mean_unit = np.stack([unit_rows(shift.layer(layer)).mean(axis=0) for layer in shift.layers])
+    return null_draws.isotropic_similarities(mean_unit, n_draws, seed)

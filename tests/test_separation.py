@@ -1,0 +1,117 @@
+"""Guards the held-out check of a direction: it is believed on unseen prompts only, and not where there is nothing."""
+
+import itertools
+
+import numpy as np
+import pytest
+from planted import VARIANT_LAYERS, acts, named, variants
+from scipy import stats as scipy_stats
+
+from emlens import directions, separation
+
+CATEGORIES = np.repeat([f"c{i}" for i in range(8)], 4)
+
+
+def test_a_planted_direction_is_found_and_the_same_data_shuffled_is_not():
+    a, b, _ = variants(1.5)
+    found = separation.held_out_separation(a, b, n_permutations=300)
+    assert set(found["metric"]) == {"auc", "cohen_d", "pair_accuracy"} and (found["q"] < 0.02).all()
+    assert (found.query("metric == 'pair_accuracy'")["estimate"] > 0.9).all() and (found["n"] == 32).all()
+    swap = np.random.default_rng(0).random(32) < 0.5  # the same rows, which variant is which forgotten
+    left, right = (np.where(swap[:, None, None], y.values, x.values) for x, y in ((a, b), (b, a)))
+    nothing = separation.held_out_separation(acts(left, VARIANT_LAYERS), acts(right, VARIANT_LAYERS), n_permutations=300)
+    assert (nothing["q"] > 0.05).all()
+
+
+def test_holding_out_is_what_makes_the_difference():
+    a, b, _ = variants(0.0, n=16, layers=tuple(range(40)))  # noise only, 40 repeats
+    d = directions.mean_difference(a, b)
+    fitted = (directions.project(a, d) > directions.project(b, d)).mean()
+    unseen = separation.held_out_separation(a, b, n_permutations=50).query("metric == 'pair_accuracy'")["estimate"]
+    assert fitted.mean() > 0.75  # on the prompts it was fitted on, a direction always looks good
+    assert unseen.mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_held_out_p_is_uniform_when_variants_differ_by_noise_only():
+    """200 repeats as layers: the band covers 95 +- 3 %, p is uniform, the maximum over layers is calm."""
+    a, b, _ = variants(0.0, layers=tuple(range(200)))
+    table = separation.held_out_separation(a, b, n_splits=2, n_permutations=200)
+    for metric, part in table.groupby("metric"):
+        inside = (part["null_low"] <= part["estimate"]) & (part["estimate"] <= part["null_high"])
+        assert 0.92 <= inside.mean() <= 0.98, metric
+        if metric != "pair_accuracy":  # of 32 pairs: too coarse for a uniform p
+            assert scipy_stats.kstest(part["p"], "uniform").pvalue > 0.01, metric
+        assert part["q"].min() > 0.05, metric
+
+
+def test_held_out_scores_equal_refitting_by_hand():
+    a, b, _ = variants(1.0, n=16)
+    sides = separation._sides(a, b, None)
+    folds = separation._folds(sides, 2, np.random.default_rng(0))
+    x = np.concatenate([a.layer(5), b.layer(5)]).astype(float)
+    ours = separation._held_out_projections(x @ x.T, sides.labels[None], folds)[0]
+    by_hand = np.zeros(32)
+    for fold, keep in itertools.product(folds, (True, False)):
+        fit = np.flatnonzero((fold == keep)[:16])
+        rows = np.flatnonzero((fold != keep)[:16])
+        d = directions.mean_difference(a.select(ids=a.ids[fit]), b.select(ids=b.ids[fit]))
+        centre = np.concatenate([a.layer(5)[fit], b.layer(5)[fit]]).mean(axis=0)
+        for half, side in enumerate((a, b)):
+            by_hand[rows + 16 * half] += (side.layer(5)[rows] - centre) @ d.layer(5) / 2
+    assert np.allclose(ours, by_hand, atol=1e-4)
+    assert (folds[:, :16] == folds[:, 16:]).all() and (folds.sum(axis=1) == 16).all()  # variants stay together
+
+
+def test_statistics_equal_scipy():
+    rng = np.random.default_rng(1)
+    scores, labels = rng.standard_normal((1, 20)), np.r_[np.ones(12), -np.ones(8)][None]
+    auc, d = separation._separations(scores, labels, paired=False)[0]
+    x, y = scores[0, :12], scores[0, 12:]
+    assert auc == pytest.approx(scipy_stats.mannwhitneyu(x, y).statistic / 96)
+    assert d == pytest.approx(scipy_stats.ttest_ind(x, y).statistic * np.sqrt(1 / 12 + 1 / 8))
+    pairs = separation._separations(np.array([[3.0, 1, 2, 1]]), np.array([[1.0, 1, -1, -1]]), paired=True)[0]
+    assert pairs[2] == 0.75  # one in order, one tie
+
+
+def test_interval_of_separation_covers_its_estimate_and_narrows_with_prompts():
+    few, many = (separation.held_out_separation(*variants(1.0, n=n)[:2], n_permutations=50) for n in (32, 320))
+    for table in (few, many):
+        assert ((table["low"] <= table["estimate"]) & (table["estimate"] <= table["high"])).all()
+    width = [(t["high"] - t["low"]).where(t["metric"] == "cohen_d").mean() for t in (few, many)]
+    assert width[1] < 0.6 * width[0]
+
+
+def test_whole_groups_are_held_out_and_swapped():
+    a, b, _ = variants(1.5)
+    sides = separation._sides(a, b, "category")
+    rng = np.random.default_rng(0)
+    for fold in separation._folds(sides, 5, rng):
+        assert not set(CATEGORIES[fold[:32]]) & set(CATEGORIES[~fold[:32]]) and fold[:32].sum() == 16
+    labels = separation._swapped(sides, 50, rng)
+    assert (labels[:, :32] == -labels[:, 32:]).all() and (labels[:, :32:4] == labels[:, 1:32:4]).all()
+    table = separation.held_out_separation(a, b, groups="category", n_permutations=300)
+    assert (table.query("metric == 'auc'")["q"] < 0.05).all() and "groups: category" in table.attrs["null"]["labels permuted"]
+
+
+def test_sides_that_share_no_prompt_are_told_apart_too():
+    rng = np.random.default_rng(2)
+    rows, planted = rng.standard_normal((60, 3, 16)), np.eye(16)[0]
+    topic = np.tile(["x", "y"], 30)
+    for strength, finds in ((2.0, True), (0.0, False)):
+        a = acts(rows[:25] + strength * planted, VARIANT_LAYERS, id=named("a", 25), category=topic[:25])
+        b = acts(rows[25:], VARIANT_LAYERS, id=named("b", 35), category=topic[25:])
+        table = separation.held_out_separation(a, b, n_permutations=300)
+        assert set(table["metric"]) == {"auc", "cohen_d"} and (table["n"] == 60).all()
+        assert (table["q"] < 0.05).all() == finds and ((table["q"] > 0.05).all() == (not finds))
+
+
+def test_held_out_separation_refuses():
+    a, b, _ = variants(1.0)
+    with pytest.raises(ValueError, match="16 prompts are on both sides, 16 on one only"):
+        separation.held_out_separation(a, b.where(np.arange(32) < 16))
+    with pytest.raises(ValueError, match="at least 2 of each"):
+        separation.held_out_separation(*(x.where(np.arange(32) < 3) for x in (a, b)))
+    with pytest.raises(ValueError, match="1 groups"):
+        separation.held_out_separation(*(x.where(CATEGORIES == "c0") for x in (a, b)), groups="category")
+    with pytest.raises(KeyError, match="no column 'topic'"):
+        separation.held_out_separation(a, b, groups="topic")

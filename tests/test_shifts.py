@@ -1,0 +1,176 @@
+"""Guards shifts: how long, how alike to the training prompts' and to another tuning's; nulls that hold and nulls that fall."""
+
+import numpy as np
+import pytest
+from planted import LAYERS, D, acts, isotropic
+from scipy import stats as scipy_stats
+from sklearn.metrics.pairwise import paired_cosine_distances
+
+from emlens import shifts, stats, subspaces
+
+
+def test_shift_norms_are_medians():
+    before, after = acts(isotropic(21, 1), LAYERS), acts(isotropic(21, 1) + 0.5, LAYERS)
+    table = shifts.shift_norms(after - before, before)
+    assert np.allclose(table["norm"], 0.5 * np.sqrt(D), atol=1e-5) and table["layer"].tolist() == [3, 7]
+    assert np.allclose(table["relative"], table["norm"] / np.median(np.linalg.norm(before.values, axis=2), axis=0))
+
+
+# ---- two tunings
+
+
+def two_seeds(noise, seed=0, n=40):
+    """Shifts of the same prompts by two seeds of one tuning: a common part of length about 1 a prompt, and each seed's own noise."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((n, 2, D)) / np.sqrt(D)
+    category = np.repeat([f"c{i}" for i in range(8)], n // 8)
+    return tuple(acts(common + noise * rng.standard_normal((n, 2, D)) / np.sqrt(D), LAYERS, category=category) for _ in range(2))
+
+
+def test_row_cosines_equal_sklearn_and_a_row_of_length_zero_has_none():
+    x, y = isotropic(20, 1)[:, 0], isotropic(20, 2)[:, 0]
+    assert np.allclose(subspaces.row_cosines(x, y), 1 - paired_cosine_distances(x, y), atol=1e-12)
+    x[3] = 0
+    assert subspaces.row_cosines(x, y)[3] == 0 and not np.isnan(subspaces.row_cosines(x, x)).any()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 100.0])
+def test_agreement_of_two_seeds_is_the_share_of_what_they_have_in_common(noise):
+    table = shifts.shift_agreement([two_seeds(noise)])
+    assert list(table.columns) == ["layer", "metric", "estimate", "low", "high", "n", "pairs"] and table["layer"].tolist() == [3, 7]
+    assert np.allclose(table["estimate"], 1 / (1 + noise**2), atol=0.06)
+    assert (table["low"] <= table["estimate"] + 1e-12).all() and (table["estimate"] <= table["high"] + 1e-12).all()
+    assert (table["n"] == 40).all() and (table["pairs"] == 1).all()
+
+
+def test_agreement_pairs_prompts_by_id_and_takes_the_mean_over_pairs():
+    one, other = two_seeds(0.5)
+    shuffled = other.select(ids=other.ids.iloc[np.random.default_rng(0).permutation(40)])
+    alone = shifts.shift_agreement([(one, other)])
+    assert np.allclose(shifts.shift_agreement([(one, shuffled)])["estimate"], alone["estimate"], atol=1e-12)
+    both = shifts.shift_agreement([(one, other), (one, one)])
+    assert np.allclose(both["estimate"], (alone["estimate"] + 1) / 2, atol=1e-6) and (both["pairs"] == 2).all()
+    turned = shifts.shift_agreement([(shuffled, one), (one, other)])  # the first pair's order of prompts is everyone's
+    assert np.allclose(turned["estimate"], alone["estimate"], atol=1e-12)
+
+
+def test_the_interval_of_agreement_is_the_bootstrap_of_whole_categories():
+    one, other = two_seeds(0.7)
+    table = shifts.shift_agreement([(one, other)], clusters="category", seed=3)
+    by_hand = subspaces.row_cosines(one.layer(7), other.layer(7))
+    low, high = stats.bootstrap_interval(by_hand, clusters=one.facts["category"], seed=3)
+    row = table.set_index("layer").loc[7]
+    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-9)
+    assert not np.allclose(table["low"], shifts.shift_agreement([(one, other)], seed=3)["low"])
+
+
+def test_agreement_refuses():
+    one, other = two_seeds(0.5)
+    with pytest.raises(ValueError, match="no pair of shifts"):
+        shifts.shift_agreement([])
+    with pytest.raises(ValueError, match="10 prompts are on one side only"):
+        shifts.shift_agreement([(one, other.where(np.arange(40) < 30))])
+    with pytest.raises(ValueError, match="different layers"):
+        shifts.shift_agreement([(one, other), (one.select(layers=[3]), other.select(layers=[3]))])
+    with pytest.raises(KeyError, match="no column 'topic'"):
+        shifts.shift_agreement([(one, other)], clusters="topic")
+
+
+# ---- beside the training prompts
+
+
+def test_similarity_is_the_mean_cosine_and_finds_a_shared_shift():
+    train = acts(0.5 + isotropic(50, 1), LAYERS)  # every shift has a common part
+    shift = acts(0.5 + isotropic(24, 2), LAYERS, category=np.repeat(["x", "y", "z"], 8))
+    table = shifts.similarity(train, shift, clusters="category")
+    mean = train.layer(7).mean(axis=0)
+    by_hand = np.mean([row @ mean / np.linalg.norm(row) / np.linalg.norm(mean) for row in shift.layer(7)])
+    assert table.set_index("layer").loc[7, "estimate"] == pytest.approx(by_hand, abs=1e-6)
+    assert (table["p"] < 0.01).all() and (table["low"] > 0).all() and (table["estimate"] > table["null_high"]).all()
+    opposite = shifts.similarity(train, acts(-shift.values, LAYERS))
+    assert (opposite["p"] < 0.01).all() and (opposite["estimate"] < opposite["null_low"]).all()
+
+
+def test_similarity_null_holds_when_shifts_point_elsewhere():
+    """200 repeats (as layers): each set of shifts has a common direction of its own, drawn anew."""
+    rng = np.random.default_rng(3)
+    train, shift = (acts(rng.standard_normal((20, 200, 30)) + 2 * rng.standard_normal((200, 30))) for _ in range(2))
+    table = shifts.similarity(train, shift, n_draws=400)
+    inside = (table["null_low"] <= table["estimate"]) & (table["estimate"] <= table["null_high"])
+    assert 0.92 <= inside.mean() <= 0.98
+    assert scipy_stats.kstest(table["p"], "uniform").pvalue > 0.01
+
+
+def test_split_half_similarity_finds_what_shifts_have_in_common():
+    together, apart = acts(0.5 + isotropic(40, 1)), acts(isotropic(40, 2))
+    found, nothing = shifts.split_half_similarity(together, n=15), shifts.split_half_similarity(apart)
+    assert (found["p"] < 0.01).all() and found["n"].tolist() == [15, 15] and (found["low"] <= found["estimate"]).all()
+    assert (nothing["p"] > 0.05).all() and nothing["n"].tolist() == [20, 20]
+
+
+def test_similarity_by_prompt_is_the_formula():
+    train, shift = acts(isotropic(50, 1) + 1, LAYERS), acts(isotropic(10, 2) + 1, LAYERS)
+    table = shifts.similarity_by_prompt(train, shift)
+    assert list(table.columns) == ["id", "layer", "cosine", "scalar_projection"] and len(table) == 20
+    row, x = table.query("layer == 7 and id == 'q4'").iloc[0], shift.layer(7)[4].astype(float)
+    mean = train.layer(7).mean(axis=0, dtype=float)
+    assert row["scalar_projection"] == pytest.approx(x @ mean / np.linalg.norm(mean), abs=1e-6)
+    assert row["cosine"] == pytest.approx(x @ mean / np.linalg.norm(mean) / np.linalg.norm(x))
+
+
+def planted_relation(strength, seed=0, n=60):
+    """Prompts in the training subspace shift like the training prompts (strength 1), or just like any other (0)."""
+    rng = np.random.default_rng(seed)
+    train = np.zeros((50, 1, D))
+    train[:, :, :8] = rng.standard_normal((50, 1, 8))
+    train += 0.01 * rng.standard_normal(train.shape)
+    inside = rng.uniform(0, 1, (n, 1, 1))
+    prompts = rng.standard_normal((n, 1, D)) * np.where(np.arange(D) < 8, 2 * inside, 1)
+    common = np.eye(D)[20]
+    shift = strength * 4 * inside * common + (1 - strength) * 2 * common + rng.standard_normal((n, 1, D))
+    train_shift = common + 0.1 * rng.standard_normal((50, 1, D))
+    category = np.repeat([f"c{i}" for i in range(6)], n // 6)
+    return acts(train), acts(prompts, category=category), acts(train_shift), acts(shift)
+
+
+def test_overlap_similarity_finds_a_planted_relation_and_nothing_where_there_is_none():
+    there = shifts.overlap_similarity(*planted_relation(1.0), clusters="category").set_index("metric")
+    assert there.loc["pearson", "p"] < 0.01 and there.loc["pearson", "low"] > 0 and there.loc["spearman", "p"] < 0.01
+    assert set(there.index) == {"pearson", "spearman", "pearson baseline"} and there.loc["pearson", "n_clusters"] == 6
+    p = [shifts.overlap_similarity(*planted_relation(0.0, seed), n_permutations=200)["p"].iloc[0] for seed in range(60)]
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+    root = shifts.overlap_similarity(*planted_relation(1.0), measure="norm_fraction").set_index("metric")
+    assert root.loc["spearman", "estimate"] == pytest.approx(there.loc["spearman", "estimate"])  # same ranks
+    assert root.loc["pearson", "estimate"] != pytest.approx(there.loc["pearson", "estimate"], abs=1e-6)
+
+
+def test_overlap_similarity_pairs_prompts_by_id():
+    train, prompts, train_shift, shift = planted_relation(1.0)
+    order = np.random.default_rng(0).permutation(len(shift))
+    shuffled = shift.select(ids=shift.ids.iloc[order])
+    same = shifts.overlap_similarity(train, prompts, train_shift, shuffled, within="category")
+    assert np.allclose(same["estimate"], shifts.overlap_similarity(train, prompts, train_shift, shift)["estimate"])
+    assert "inside category" in same.attrs["null"]["prompts permuted"]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda a, b: shifts.similarity(a, b.select(layers=[3])), "different layers"),
+        (lambda a, b: shifts.similarity(a, b, nulls=("labels",)), "'isotropic'"),
+        (lambda a, b: shifts.shift_norms(a, b.select(layers=[3])), "different layers"),
+        (lambda a, b: shifts.overlap_similarity(a, b, a, b, measure="energy"), "unknown measure"),
+        (lambda a, b: shifts.overlap_similarity(a, b, a, b.where(np.arange(30) < 20)), "record the same prompts"),
+    ],
+)
+def test_shifts_refuse(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(acts(isotropic(30, 0), LAYERS), acts(isotropic(30, 1), LAYERS))
+
+
+def test_an_unknown_column_is_a_key_error():
+    with pytest.raises(KeyError, match="no column 'topic'"):
+        shifts.similarity(acts(isotropic(30, 0)), acts(isotropic(30, 1)), clusters="topic")
