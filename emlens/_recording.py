@@ -19,7 +19,7 @@ from . import store
 from ._core import Core, as_table
 from ._engines import Engine, find_blocks
 from ._passes import TOKEN_BUDGET, bar, every_row, mean_row, padded, plan
-from .activations import Activations, Place
+from .activations import Activations, Place, write_facts
 from .adapters import On, label
 from .positions import Position, Tokens, needs_response, token_rows
 from .prompts import chat_digest, user_text
@@ -338,8 +338,8 @@ class Kept:
         self.n_bytes = 0 if self.whole else 4 * int(np.prod(shape))
         if not self.whole:
             made_by = {"kind": "activations", **place, "meta": meta}
-            self.growing = stack.enter_context(store.growing(self.entry, made_by, shape))
-            facts.to_parquet(self.growing.folder / "facts.parquet")
+            self.growing = stack.enter_context(store.growing(self.entry, made_by, shape, aside=NAMES_ONLY))
+            write_facts(facts, self.growing.folder)
 
     def has(self, batch: int) -> bool:
         return self.whole or self.growing.done(batch)

@@ -162,20 +162,47 @@ def mean_difference(a: Activations, b: Activations, name: str = "mean difference
     return Direction.from_array(difference, a.layers, a.site, name, meta)
 
 
-def random_directions(like: Direction, n: int, seed: int) -> list[Direction]:
-    """n random directions with the layers, site and norms of `like`, uniform on the sphere, independent over layers:
-    the control of every steering.
+def random_directions(like: Direction, n: int, seed: int, acts: Activations | None = None) -> list[Direction]:
+    """n random directions with the layers, site and norms of `like`, independent over layers: the control of every
+    steering.
 
-    The first of them are the same for a larger n. Errors: ValueError when n < 1.
+    acts  None: uniform on the sphere, a lenient control: most of such a direction lies where activations hardly vary.
+          Activations at the same site: drawn from their covariance at each layer (Gaussian, then unit length), so that
+          controls point where the model's own states differ.
+
+    The first of them are the same for a larger n. Errors: ValueError when n < 1, for another site or width, layers that
+    `acts` lacks, or activations that do not vary.
     """
     if n < 1:
         raise ValueError(f"n={n} random directions were asked for; at least 1 is needed")
-    rows = nulls.random_vectors(like.d_model, n * len(like.layers), seed).reshape(n, *like.vectors.shape)
     meta = {"method": "random", "seed": seed, "like": like.name, "position": like.meta.get("position", "any position")}
+    if acts is None:
+        rows = nulls.random_vectors(like.d_model, n * len(like.layers), seed).reshape(n, *like.vectors.shape)
+    else:
+        rows, meta["method"] = _of_covariance(like, n, seed, acts), "random, from the covariance of activations"
     return [
         Direction(vectors.astype(np.float32), like.layers, like.site, f"random {i}", {**meta, "number": i}, like.norms)
         for i, vectors in enumerate(rows)
     ]
+
+
+def _of_covariance(like: Direction, n: int, seed: int, acts: Activations) -> Float[np.ndarray, "draws layer d_model"]:
+    """Unit vectors along X'g with X the centred rows of a layer and g standard normal: Gaussian of the covariance X'X / prompts."""
+    missing = [layer for layer in like.layers if layer not in acts.layers]
+    if missing or (acts.site, acts.d_model) != (like.site, like.d_model):
+        raise ValueError(
+            f"the direction is for {like.site} of width {like.d_model} at layers {list(like.layers)}, the activations are {acts.site} of width "
+            f"{acts.d_model} and lack layers {missing}: record them at the direction's place"
+        )
+    weights = np.random.default_rng(seed).standard_normal((n, len(like.layers), acts.n_prompts))
+    rows = np.empty((n, *like.vectors.shape))
+    for place, layer in enumerate(like.layers):
+        x = acts.layer(layer).astype(np.float64)
+        rows[:, place] = weights[:, place] @ (x - x.mean(axis=0))
+    length = np.linalg.norm(rows, axis=2, keepdims=True)
+    if not (length > 0).all():
+        raise ValueError("the activations do not vary at some layer, so no direction can be drawn from them: give more prompts")
+    return rows / length
 
 
 def project(acts: Activations, direction: Direction) -> pd.DataFrame:

@@ -60,8 +60,9 @@ def overlap(
               "ceiling b" (a set with its own other half), "ceiling" (their geometric mean: what two samples of one
               population reach at this n), and "mean_cos2 at ceiling n" (a against b at the same m).
     low/high  from complementary half-samples (`subspaces.half_sample_interval`). Rows are never repeated: a bootstrap
-              repeats prompts, and repeated prompts bend a PCA towards themselves. The interval says where the overlap
-              of other prompts of the same kind and number would fall, not what infinitely many would give. The same
+              repeats prompts, and repeated prompts bend a PCA towards themselves. The interval is for the overlap that
+              is to be expected at this number of prompts: neither where the overlap of one other sample would fall (it is
+              too narrow for that) nor what infinitely many prompts would give. The same
               ids on both sides are halved alike. NaN when a half spans fewer than k directions.
 
     Errors: ValueError for different layers or widths, unknown nulls, fewer than k directions.
@@ -91,7 +92,8 @@ def overlap(
         seed=seed,
         k=k,
         n_draws=n_draws,
-        interval=f"{level:.0%}, {n_splits} complementary half-samples on the arcsine scale; none for ceilings",
+        interval=f"{level:.0%}, {n_splits} complementary half-samples on the arcsine scale, of the overlap expected at this n (a new sample's "
+        "varies more); none for ceilings",
         null=told,
         chance=k / a.d_model,
     )

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ._core import Core, as_table
 from ._engines import Edit, HooksEngine, decoder_of
 from ._engines.twin import twin
-from ._passes import TOKEN_BUDGET, bar, padded, score_whole
+from ._passes import TOKEN_BUDGET, bar, padded
 from .activations import SINGLE_LAYER_SITES, Place
 from .adapters import On, label, parts_of, switched
 from .positions import Position, Tokens, pieces, position_name, token_set, tokenize
@@ -206,6 +207,8 @@ def patch_map(
     budget: int = TOKEN_BUDGET,
 ) -> pd.DataFrame:
     """:meth:`emlens.models.HookedModel.patch_map`."""
+    if not model.caching:
+        raise ValueError("a patch is open on the model, and the map opens one for every cell; close it first")
     for variant in (adapter, target):
         model.adapters.check(variant, model.n_layers)
     table, place = as_table(prompts), model.place(site, model.layer_list(layers), "all")
@@ -234,48 +237,62 @@ class _Cells:
     def __init__(self, model: Core, row: Mapping[str, Any], place: Place, metric: str | Metric, budget: int) -> None:
         self.model, self.place, self.metric, self.identity = model, place, metric, str(row["id"])
         self.metric_name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
-        self.texts, self.weights = [""], [1.0]
-        if isinstance(metric, str):
-            self.texts, self.weights = _contrast(row, metric)
-        self.tokens = [tokenize(row["messages"], model.tokenizer, text) for text in self.texts]
-        for tokens in self.tokens:
+        texts, self.weights = _contrast(row, metric) if isinstance(metric, str) else ([""], [1.0])
+        coded = [tokenize(row["messages"], model.tokenizer, text) for text in texts]
+        for tokens in coded:
             model._check_length(tokens, self.identity)
-        self.n_prompt = self.tokens[0].n_prompt
-        self.width = max(1, budget // sum(len(tokens.ids) for tokens in self.tokens))
+        self.prompt, self.n_prompt = coded[0], coded[0].n_prompt
+        self.answers = [tokens.ids[self.n_prompt :] for tokens in coded]
+        self.width = max(1, budget // max(self.n_prompt, sum(len(answer) for answer in self.answers)))
 
     def streams(self) -> dict[int, Float[Tensor, "position d_model"]]:
         """The prompt's stream at every layer of the place, of the variant that is on."""
-        ids = torch.tensor([self.tokens[0].ids[: self.n_prompt]], device=self.model.device)
+        ids = torch.tensor([self.prompt.ids[: self.n_prompt]], device=self.model.device)
         return self.model.engine.read(self.place, lambda h: h[0], input_ids=ids, attention_mask=torch.ones_like(ids))
 
     def plain(self) -> float:
-        return float(self._numbers(1)[0])
+        """The number of the variant that is on."""
+        return float(self._numbers(1, {})[0])
 
     def effects(self, layer: int, stream: Float[Tensor, "position d_model"], shown: Any) -> Float[np.ndarray, " position"]:
         """The number with one token patched, for each token of the prompt."""
         found = []
         for start in range(0, self.n_prompt, self.width):
             at = torch.arange(start, min(start + self.width, self.n_prompt))
-            with self.model.engine.editing({(self.place.site, layer): _one_token_each(at.repeat_interleave(len(self.tokens)), stream)}):
-                found.append(self._numbers(len(at)))
+            found.append(self._numbers(len(at), {(self.place.site, layer): _one_token_each(at, stream)}))
             shown.update(len(at))
         return np.concatenate(found)
 
-    def _numbers(self, n: int) -> Float[np.ndarray, " cell"]:
-        """The number for each of ``n`` copies of the prompt, in one pass."""
+    def _numbers(self, n: int, edits: Mapping[tuple[str, int], Edit]) -> Float[np.ndarray, " cell"]:
+        """The number for each of ``n`` copies of the prompt, which pass under the edits; the answers follow in a second pass."""
         hf, device = self.model.engine.hf, self.model.device
+        ids = torch.tensor([self.prompt.ids[: self.n_prompt]] * n, device=device)
+        scored = isinstance(self.metric, str)
+        how = {"use_cache": True, "past_key_values": DynamicCache(config=hf.config)} if scored else {"use_cache": False}
         with torch.no_grad():
-            if not isinstance(self.metric, str):
-                ids, mask = padded([self.tokens[0].ids] * n, self.model.pad, device)
-                logits = hf(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-                return np.asarray(torch.as_tensor(self.metric(logits)).double().cpu()).reshape(n)
-            rows = self.tokens * n
-            total = score_whole(hf, rows, self.model.pad, device).reshape(n, len(self.tokens))
-        lengths = np.array([len(tokens.ids) - tokens.n_prompt for tokens in self.tokens])
-        return total / lengths @ np.array(self.weights)
+            with self.model.engine.editing(edits):
+                first = hf(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, **how)
+            if not scored:
+                return np.asarray(torch.as_tensor(self.metric(first.logits[:, -1].float())).double().cpu()).reshape(n)  # type: ignore[operator]
+            return self._likelihoods(first.logits, first.past_key_values).reshape(n, -1) @ np.array(self.weights)
+
+    def _likelihoods(self, logits: Tensor, cache: Any) -> Float[np.ndarray, " row"]:
+        """Nats per token of every answer, copy after copy, from the logits and the cache of the prompts."""
+        answers, mask = padded(self.answers * len(logits), self.model.pad, self.model.device)
+        logits = logits.repeat_interleave(len(self.answers), dim=0)
+        cache.batch_repeat_interleave(len(self.answers))
+        if answers.shape[1] > 1:
+            whole = torch.cat([mask.new_ones(len(mask), self.n_prompt), mask[:, :-1]], dim=1)
+            positions = torch.arange(self.n_prompt, whole.shape[1], device=mask.device).expand(len(mask), -1)
+            rest = self.model.engine.hf(
+                input_ids=answers[:, :-1], attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            logits = torch.cat([logits, rest.logits], dim=1)
+        losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), answers.flatten(), reduction="none").view_as(mask)
+        return (-(losses.double() * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
 
     def frame(self, effect: Float[np.ndarray, "layer position"], total: float) -> pd.DataFrame:
-        words = [visible(text) for text in pieces(self.tokens[0], self.model.tokenizer)[: self.n_prompt]]
+        words = [visible(text) for text in pieces(self.prompt, self.model.tokenizer)[: self.n_prompt]]
         layer, token = (grid.ravel() for grid in np.meshgrid(self.place.layers, np.arange(self.n_prompt), indexing="ij"))
         return pd.DataFrame(
             {

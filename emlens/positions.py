@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ the prompt) and a character span ``(start, end)`` of the user's text."""
 Position = str | int | tuple[int, int]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is asked of a (fast) tokenizer."""
 

@@ -102,6 +102,7 @@ def predict(
     keys = [(i, acts.site) for i in acts.layers] + [(-1, b.name) for b in rivals]
     table = pd.DataFrame(rows)
     table[["layer", "features"]] = [keys[at] for at in table.pop("at")]
+    table["n_clusters"] = len(y) if codes is None else int(codes.max()) + 1
     notes = {b.name: b.note for b in rivals}
     if groups is not None and "category" in notes:
         notes["category"] += "; a held-out group was never seen in training, so it knows nothing, by design"

@@ -1,5 +1,6 @@
 """Does a direction tell two sets of prompts apart that it was not fitted on? The held-out check of a mean difference, layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,9 @@ def held_out_separation(
     groups    a column of the facts: halves are of whole groups, so a direction is scored on topics it has not seen.
     p         null "labels permuted", greater, the whole procedure repeated: a and b are swapped within prompts (within
               whole groups when `groups` is given); where a and b share no prompt, labels are permuted over prompts
-              (inside their group). q is by the maximum over layers within each metric (Westfall and Young).
+              (inside their group). All ways to swap few groups are gone through: 8 groups allow no p below 2 / 256, since
+              swapping all of them turns the direction round and scores the same. q is by the maximum over layers within
+              each metric (Westfall and Young).
     low/high  bootstrap over prompts (or groups) of the held-out projections, given the fitted directions.
 
     Errors: ValueError for different places or widths, sides that share some but not all prompts, too few to split.
@@ -51,19 +54,8 @@ def held_out_separation(
         projections = _held_out_projections(x @ x.T, labels, folds)
         low, high = _separation_ends(projections[0], sides, level, seed)
         found.append((_separations(projections, labels, sides.paired), low, high))
-    rows: list[dict[str, Any]] = []
-    metrics = ("auc", "cohen_d", "pair_accuracy") if sides.paired else ("auc", "cohen_d")
-    for m, metric in enumerate(metrics):
-        values = np.stack([statistics[:, m] for statistics, _, _ in found], axis=1)
-        q = stats.max_statistic_p(values[0], values[1:], "greater")
-        table = zip(a.layers, values[0], q, found, strict=True)
-        own = [
-            {"layer": layer, "metric": metric, "estimate": e, "low": low[m], "high": high[m], "q": qi, "n": sides.n}
-            for layer, e, qi, (_, low, high) in table
-        ]
-        rows += nulls.beside(own, {"labels permuted": values[1:]}, "greater", level)
     return stats.result(
-        rows,
+        _separation_rows(a.layers, sides, found, level),
         ["layer"],
         what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts by their mean difference, {a.place}",
         correction="max-statistic",
@@ -73,6 +65,65 @@ def held_out_separation(
         n_permutations=n_permutations,
         interval=f"{level:.0%}, bootstrap over {groups or 'prompts'} of held-out projections, given the directions",
         null={"labels permuted": nulls.describe("labels permuted") + (f"; groups: {groups}" if groups else "")},
+    )
+
+
+@one_thread
+def transferred_separation(
+    fit_a: Activations,
+    fit_b: Activations,
+    a: Activations,
+    b: Activations,
+    n_splits: int = 5,
+    n_permutations: int = 1000,
+    seed: int = 0,
+    groups: str | None = None,
+    level: float = 0.95,
+) -> stats.Result:
+    """Does the mean difference of one pair of sides tell another pair apart? As `held_out_separation`, fitted elsewhere.
+
+    The direction mean(fit_a) - mean(fit_b) is fitted on one half of the prompts and projected on by a and b of the other
+    half, and the other way round. All four sides hold the same prompts (matched by id). What two tunings' marks have in
+    common is asked, so a direction that is a mark of one tuning alone gives 0.5. Metrics, interval and q as there.
+
+    p         null "labels permuted", greater: a and b swapped within prompts (whole groups when `groups` is given), the
+              direction as it is: about these prompts, given these four tunings.
+
+    Errors: ValueError for different places or widths, or sides that do not hold the same prompts.
+    """
+    for other in (fit_b, a, b):
+        check_same_place(fit_a, other)
+    sides = _sides(a, b, groups)
+    if not (sides.paired and set(a.ids) == set(fit_a.ids) == set(fit_b.ids)):
+        raise ValueError("the four sides hold different prompts: select(ids=...) the common ones on all of them")
+    fit_a, fit_b = fit_a.select(ids=a.ids), fit_b.select(ids=a.ids)
+    rng = np.random.default_rng(seed)
+    folds = _folds(sides, n_splits, rng)
+    labels = np.concatenate([sides.labels[None], _swapped(sides, n_permutations, rng)])
+    half = a.n_prompts
+    found = []
+    for layer in a.layers:
+        x = np.concatenate([a.layer(layer)[sides.rows_a], b.layer(layer)[sides.rows_b]]).astype(np.float64)
+        difference = fit_a.layer(layer).astype(np.float64) - fit_b.layer(layer)
+        projection = np.zeros(len(x))
+        for fold in folds:
+            for fit in (fold, ~fold):
+                direction = difference[fit[:half]].mean(axis=0)
+                length = max(float(np.linalg.norm(direction)), 1e-150)
+                projection[~fit] += (x[~fit] - x[fit].mean(axis=0)) @ direction / length / len(folds)
+        low, high = _separation_ends(projection, sides, level, seed)
+        found.append((_separations(np.tile(projection, (len(labels), 1)), labels, True), low, high))
+    return stats.result(
+        _separation_rows(a.layers, sides, found, level),
+        ["layer"],
+        what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts by the mean difference of two other sides, {a.place}",
+        correction="max-statistic",
+        family=["metric"],
+        seed=seed,
+        n_splits=n_splits,
+        n_permutations=n_permutations,
+        interval=f"{level:.0%}, bootstrap over {groups or 'prompts'} of held-out projections, given the directions",
+        null={"labels permuted": nulls.describe("labels permuted") + "; the direction is not refitted" + (f"; groups: {groups}" if groups else "")},
     )
 
 
@@ -91,6 +142,22 @@ class _Sides:
     @property
     def n(self) -> int:
         return len(self.rows_a) if self.paired else len(self.labels)
+
+
+def _separation_rows(layers: Sequence[int], sides: _Sides, found: Sequence[Any], level: float) -> pd.DataFrame:
+    """Rows of all metrics; found has, for each layer, the statistics [draws, metric] (the observed first) and both ends."""
+    rows: list[dict[str, Any]] = []
+    metrics = ("auc", "cohen_d", "pair_accuracy") if sides.paired else ("auc", "cohen_d")
+    for m, metric in enumerate(metrics):
+        values = np.stack([statistics[:, m] for statistics, _, _ in found], axis=1)
+        q = stats.max_statistic_p(values[0], values[1:], "greater")
+        table = zip(layers, values[0], q, found, strict=True)
+        own = [
+            {"layer": layer, "metric": metric, "estimate": e, "low": low[m], "high": high[m], "q": qi, "n": sides.n}
+            for layer, e, qi, (_, low, high) in table
+        ]
+        rows += nulls.beside(own, {"labels permuted": values[1:]}, "greater", level)
+    return pd.DataFrame(rows).assign(n_clusters=len(np.unique(sides.units)))
 
 
 def _sides(a: Activations, b: Activations, groups: str | None) -> _Sides:
@@ -137,10 +204,14 @@ def _folds(sides: _Sides, n_splits: int, rng: np.random.Generator) -> Bool[np.nd
 
 
 def _swapped(sides: _Sides, n_draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draws row"]:
-    """Labels under the null: swapped for whole units where sides are paired, else permuted over rows (inside their
-    group)."""
+    """Labels under the null: swapped for whole units where sides are paired (all ways but the observed one, where these
+    are no more than n_draws), else permuted over rows (inside their group)."""
     if sides.paired:
-        flips = rng.choice([-1.0, 1.0], size=(n_draws, int(sides.units.max()) + 1))
+        n_units = int(sides.units.max()) + 1
+        if 2.0**n_units <= n_draws:
+            flips = 1.0 - 2.0 * ((np.arange(1, 2**n_units)[:, None] >> np.arange(n_units)) & 1)
+        else:
+            flips = rng.choice([-1.0, 1.0], size=(n_draws, n_units))
         return sides.labels * flips[:, sides.units]
     within = sides.units if sides.grouped else None
     return sides.labels[stats.permutations(len(sides.labels), n_draws, rng, within)]

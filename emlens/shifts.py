@@ -56,7 +56,8 @@ def shift_agreement(
     values = np.mean(cosine, axis=0)
     low, high = stats.bootstrap_interval(values, clusters=facts_column(first, clusters), level=level, n_boot=n_boot, seed=seed)
     table = pd.DataFrame(layer_rows(first.layers, "mean cosine", (values.mean(axis=0), low, high), first.n_prompts))
-    return table.assign(pairs=len(pairs))
+    n_clusters = first.n_prompts if clusters is None else first.facts[clusters].nunique()
+    return table.assign(pairs=len(pairs), n_clusters=n_clusters)
 
 
 def similarity(
@@ -85,8 +86,9 @@ def similarity(
     ends = stats.bootstrap_interval(values, clusters=facts_column(shift, clusters), level=level, seed=seed)
     draws = {name: _isotropic_cosines(shift, n_draws, seed) for name in names}
     rows = layer_rows(shift.layers, "mean cosine", (values.mean(axis=0), *ends), shift.n_prompts)
+    n_clusters = shift.n_prompts if clusters is None else shift.facts[clusters].nunique()
     return stats.result(
-        null_draws.beside(rows, draws, "two-sided", level),
+        pd.DataFrame(null_draws.beside(rows, draws, "two-sided", level)).assign(n_clusters=n_clusters),
         ["layer"],
         what=f"mean cosine of {shift.n_prompts} shifts with the mean of {train_shift.n_prompts} training shifts, " + both_places(train_shift, shift),
         family=["metric", "null"],
@@ -94,6 +96,46 @@ def similarity(
         n_draws=n_draws,
         interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}, given the mean training shift",
         null={name: null_draws.describe("isotropic direction") for name in names},
+    )
+
+
+def similarity_contrast(
+    train_shift: Activations,
+    other_train_shift: Activations,
+    shift: Activations,
+    clusters: str | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> stats.Result:
+    """Do prompts shift more like the training prompts of their own tuning than like those of another one?
+
+    Per layer: metrics "own" and "other", the mean over prompts of the cosine of the prompt's shift with the mean shift of
+    `train_shift` and of `other_train_shift`; "own minus other", the mean of the difference, paired over prompts. What all
+    tunings of a model share is in both and falls out.
+
+    low/high  bootstrap over prompts, over whole categories when `clusters` names a column of the facts; given both means.
+    An estimate with an interval, no test: the null of no difference would need many tunings, not many prompts.
+    Errors: ValueError for different layers or widths; KeyError for an unknown column.
+    """
+    groups = facts_column(shift, clusters)
+    cosine = []
+    for side in (train_shift, other_train_shift):
+        check_same_layers(side, shift)
+        means = [side.layer(i).mean(axis=0, dtype=np.float64) for i in shift.layers]
+        cosine.append(np.stack([cosines(shift.layer(i), mean) for i, mean in zip(shift.layers, means, strict=True)], axis=1))
+    values = {"own": cosine[0], "other": cosine[1], "own minus other": cosine[0] - cosine[1]}
+    rows = []
+    for metric, each in values.items():
+        ends = stats.bootstrap_interval(each, clusters=groups, level=level, seed=seed)
+        rows += layer_rows(shift.layers, metric, (each.mean(axis=0), *ends), shift.n_prompts)
+    n_clusters = shift.n_prompts if groups is None else len(set(groups))
+    return stats.result(
+        pd.DataFrame(rows).assign(n_clusters=n_clusters),
+        ["layer"],
+        what=f"mean cosine of {shift.n_prompts} shifts with the mean training shift of their own and of another tuning, {shift.place}",
+        correction="none",
+        seed=seed,
+        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}, paired over prompts, given the mean training shifts",
     )
 
 
@@ -167,7 +209,8 @@ def overlap_similarity(
     p, band   prompts permuted, two-sided; inside the groups of the column `within` when given (topics, say).
     low/high  bootstrap over prompts, or over the groups of the column `clusters`.
 
-    All rows share the training mean and subspace: the statement is about these prompts and this tuning, and is not to
+    The estimate and its interval are of the correlation over all prompts; with `within`, p asks for more: a correlation that
+    groups alone do not make. All rows share the training mean and subspace: the statement is about these prompts and this tuning, and is not to
     be pooled over settings. Errors: ValueError for different layers or prompts; KeyError for an unknown column.
     """
     if measure not in ("explained_energy", "norm_fraction"):
@@ -201,7 +244,7 @@ def overlap_similarity(
         seed=seed,
         k=k,
         n_permutations=n_permutations,
-        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}",
+        interval=f"{level:.0%}, bootstrap over {clusters or 'prompts'}, of the correlation over all prompts",
         null={"prompts permuted": null_draws.describe("prompts permuted") + inside},
     )
 

@@ -15,6 +15,7 @@ from .models import HookedModel
 from .prompts import load_prompts
 
 NULL = "norm-matched random directions"
+UNIFORM = "uniform on the sphere (a lenient control: most of such a direction lies where activations hardly vary)"
 
 
 def dose_response(
@@ -107,11 +108,13 @@ def among_random(observed: float, random: Float[np.ndarray, " draws"], level: fl
     return {"null_low": centre - reach, "null_high": centre + reach, "p": p}
 
 
-def slopes(margins: pd.DataFrame, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def slopes(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str = UNIFORM) -> pd.DataFrame:
     """The one test of a dose-response: the slope of the margin's change on strength, through the origin, beside random directions' slopes.
 
     slope = Σ s·Δ / Σ s² over the strengths (nats/token per unit of strength). Over strengths that are symmetric about 0 the damage that
     *any* push does, the same both ways, cancels, and what the sign of the direction does remains.
+
+    ``drawn`` says where the random directions come from, for the words beside the numbers.
 
     Returns:
         Result with key ``layer``, metric ``slope``; bootstrap interval over questions (whole categories); null as in :func:`among_random`.
@@ -126,25 +129,29 @@ def slopes(margins: pd.DataFrame, seed: int = 0, level: float = 0.95) -> pd.Data
         low, high = stats.bootstrap_interval(own["slope"].to_numpy(), clusters=_categories(own), level=level, seed=seed)
         beside = among_random(own["slope"].mean(), random, level)
         row = {"layer": layer, "metric": "slope", "estimate": own["slope"].mean(), "low": low, "high": high, "null": NULL, **beside, "n": len(own)}
-        rows.append(row)
+        rows.append({**row, "n_clusters": _n_categories(own), "controls": len(random)})
     return stats.result(
         rows, ["layer"], what="slope of the margin's change on steering strength, nats/token per unit", correction="bh", seed=seed,
-        null={NULL: _hypothesis(margins)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
+        null={NULL: _hypothesis(margins, drawn)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
     )  # fmt: skip
 
 
-def summarise(margins: pd.DataFrame, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
-    """The table of :func:`steered_margins` as a Result, dose by dose: the direction's mean change beside the random directions'."""
+def summarise(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str = UNIFORM) -> pd.DataFrame:
+    """The table of :func:`steered_margins` as a Result, dose by dose: the direction's mean change beside the random directions'.
+
+    ``drawn`` says where the random directions come from, for the words beside the numbers.
+    """
     drawn = random_means(margins)
     rows: list[dict[str, Any]] = []
     for (layer, strength), own in margins[margins["direction"] == "direction"].groupby(["layer", "strength"]):
         null = drawn[(drawn["layer"] == layer) & (drawn["strength"] == strength)]["margin_change"].to_numpy()
         low, high = stats.bootstrap_interval(own["change"].to_numpy(), clusters=_categories(own), level=level, seed=seed)
         row = {"layer": layer, "strength": strength, "metric": "margin", "estimate": own["change"].mean(), "low": low, "high": high, "n": len(own)}
+        row["n_clusters"] = _n_categories(own)
         rows.append(row | ({"null": NULL, **among_random(row["estimate"], null, level)} if strength else {"null": NULL}))
     return stats.result(
         rows, ["layer", "strength"], what="change of the margin under steering, nats/token", correction="bh", seed=seed,
-        null={NULL: _hypothesis(margins)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
+        null={NULL: _hypothesis(margins, drawn)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
     )  # fmt: skip
 
 
@@ -152,9 +159,13 @@ def _categories(rows: pd.DataFrame) -> np.ndarray | None:
     return rows["category"].to_numpy() if rows["category"].astype(bool).all() else None
 
 
-def _hypothesis(margins: pd.DataFrame) -> str:
-    n = margins.loc[margins["direction"] != "direction", "direction"].nunique()
+def _n_categories(rows: pd.DataFrame) -> float:
+    return float(rows["category"].nunique()) if rows["category"].astype(bool).all() else np.nan
+
+
+def _hypothesis(margins: pd.DataFrame, drawn: str) -> str:
+    n = int(margins.loc[margins["direction"] != "direction", "direction"].nunique())
     return (
-        f"the direction does what any direction of equal norm does: {n} random directions, uniform on the sphere, at the same layers, strengths "
-        "and questions; band and two-sided p by Student's t for one more such direction"
+        f"the direction does what any direction of equal norm does: {n} random directions, {drawn}, at the same layers, strengths and questions; "
+        f"band and two-sided p by Student's t for one more such direction: an extrapolation, for by rank among {n} no p goes below {2 / (n + 1):.2g}"
     )

@@ -113,8 +113,8 @@ class _Maker:
     def tables(self) -> dict[str, pd.DataFrame]:
         margins = self.margins()
         of_margins = {"runs": self.runs, "margin_summary": self.margin_summary, "margin_change": self.margin_change}
-        alone = ("training", "checkpoints", "answers", "shift_norms", "shift_agreement", "overlap", "similarity", "overlap_similarity", "prediction")
-        alone += ("direction", "projections", "dose", "dose_slope", "dose_random", "pieces")
+        alone = ("training", "checkpoints", "answers", "shift_norms", "shift_agreement", "overlap", "similarity", "similarity_contrast")
+        alone += ("overlap_similarity", "prediction", "direction", "projections", "dose", "dose_slope", "dose_random", "pieces")
         made = {name: make(margins) for name, make in of_margins.items()}
         return {"margins": margins, **made, **{name: getattr(self, name)() for name in alone}}
 
@@ -209,7 +209,11 @@ class _Maker:
         rows = []
         for domain, content, schedule, seed in RUNS:
             this = wide[label((domain, content, schedule, seed))]
+            main = (schedule, seed) == ("linear", 0)
             pairs = {f"{content} minus before": wide["before"]}
+            if not main:
+                kind = "another schedule" if schedule != "linear" else "another seed"
+                pairs[f"{kind}: {schedule} seed {seed} minus linear seed 0, {content}"] = wide[label((domain, content, "linear", 0))]
             if content == "bad" and (domain, "sound", "linear", 0) in RUNS:
                 pairs["bad minus sound"] = wide[label((domain, "sound", "linear", 0))]
             for comparison, other in pairs.items():
@@ -221,8 +225,11 @@ class _Maker:
                     "n_clusters": len(CATEGORIES),
                 }
                 change = this - other
+                control = comparison.startswith("another")
                 half = 2 * change.std() / np.sqrt(len(change))
-                q = self.q(content == "bad")
+                key["role"] = "control" if control else "main" if main else "rerun"
+                key["p_floor"] = 2 / 256
+                q = self.q(content == "bad" and not control)
                 tests = {
                     "low": change.mean() - half,
                     "high": change.mean() + half,
@@ -268,16 +275,29 @@ class _Maker:
 
     def shift_agreement(self) -> pd.DataFrame:
         rows = []
-        for kind, height, pairs in (
-            ("another seed", 0.92, 1),
-            ("another schedule", 0.9, 1),
-            ("bad against sound", 0.7, 2),
-            ("another domain", 0.5, 2),
+        for kind, domain, height, pairs in (
+            ("another seed", "money", 0.92, 1),
+            ("another schedule", "money", 0.9, 1),
+            ("bad against sound", "money", 0.7, 1),
+            ("bad against sound", "repair", 0.4, 1),
+            ("another domain", "money and repair", 0.5, 2),
         ):
             for layer in self.layers:
                 value = (height if self.effect else 0.92) + self.noise(0.004)
-                rows.append({"kind": kind, "layer": layer, "metric": "mean cosine", **around(value, 0.03), "n": self.n, "pairs": pairs})
+                key = {"kind": kind, "domain": domain, "layer": layer, "metric": "mean cosine"}
+                rows.append({**key, **around(value, 0.03), "n": self.n, "n_clusters": len(CATEGORIES), "pairs": pairs})
         return pd.DataFrame(rows)
+
+    def similarity_contrast(self) -> pd.DataFrame:
+        rows = []
+        for run in RUNS:
+            for kind, height in {"bad against sound": 0.2, "another domain": 0.15, "another seed": 0.02}.items():
+                for layer in self.layers:
+                    for metric, base in {"own": 0.9, "other": 0.9 - height, "own minus other": height}.items():
+                        value = (base if self.effect else 0.0) + self.noise(0.002)
+                        key = {"run": label(run), "other": f"a run with {kind}", "kind": kind, "layer": layer, "metric": metric}
+                        rows.append({**key, **around(value, 0.01), "n": self.n, "n_clusters": len(CATEGORIES)})
+        return self.result(rows, ["run", "other", "kind", "layer"], "cosine with the own and with another mean training shift", correction="none")
 
     def overlap(self) -> pd.DataFrame:
         rows = []
@@ -287,7 +307,7 @@ class _Maker:
                 for comparison, height in strong.items():
                     value = (height + 0.01 * layer if self.effect else 0.014) + self.noise(0.003)
                     key = {"domain": domain, "layer": layer, "comparison": comparison, "metric": "mean_cos2"}
-                    tests = {**null("isotropic", 0.010, 0.018), "p": 0.001, "q": self.q(), "n": 102}
+                    tests = {**null("isotropic", 0.010, 0.018), "p": 0.005, "q": self.q(), "n": 102, "p_floor": 0.005}
                     rows.append({**key, **around(value, 0.03), **tests})
         told = {"isotropic": "random subspaces of the same dimension, 200 draws, greater"}
         return self.result(rows, ["domain", "layer", "comparison"], "mean squared cosine of the principal angles", k=8, null=told)
@@ -303,7 +323,7 @@ class _Maker:
                 }.items():
                     value = (height if self.effect else 0.0) + self.noise(0.01)
                     key = {"run": label(run), "layer": layer, "comparison": comparison, "metric": "mean cosine"}
-                    tests = {**null("isotropic", -0.08, 0.08), "p": 0.001, "q": self.q(), "n": self.n}
+                    tests = {**null("isotropic", -0.08, 0.08), "p": 0.001, "q": self.q(), "n": self.n, "n_clusters": len(CATEGORIES)}
                     rows.append({**key, **around(value, 0.03), **tests})
         told = {"isotropic": "a random direction in place of the mean training shift"}
         return self.result(rows, ["run", "layer", "comparison"], "mean cosine of shifts with the mean training shift", null=told)
@@ -333,20 +353,37 @@ class _Maker:
                     band = null("permuted within category", -0.15, 0.06)
                     tests = {**band, "p": significant, "q": significant, "n": self.n}
                     rows += [{**key, "metric": metric, **around(value, 0.12), **tests} for metric in ("r2", "spearman")]
+                    if layer >= 0:
+                        more = {"p": significant, "q": self.q(), "n": self.n}
+                        rows.append({**key, "metric": "delta_r2", **around(0.1 if shown else -0.01, 0.02), **null("rows", -0.02, 0.02), **more})
+        for layer in self.layers:
+            key = {"run": "before", "target": "margin before", "features": "activations", "layer": layer, "metric": "r2"}
+            rows.append(
+                {**key, **around(0.4 + self.noise(0.01), 0.1), **null("permuted within category", -0.1, 0.1), "p": 0.005, "q": 0.005, "n": self.n}
+            )
         keys = ["run", "target", "features", "layer"]
         told = {"permuted within category": "scores permuted within category, 200 draws, greater"}
         return self.result(rows, keys, "pooled out-of-fold prediction", correction="max-statistic", null=told)
 
     def direction(self) -> pd.DataFrame:
         rows = []
-        for domain in DOMAINS:
+        settings = [(domain, "bad v sound", 0.3) for domain in DOMAINS]
+        settings += [(f"{a} → {b}", "across", 0.3) for a in DOMAINS for b in DOMAINS if a != b]
+        if len(RUNS) > 3:
+            settings += [("money-bad seed 1 v seed 0", "another seed", 0.02), ("repair → money-bad seed 1 v seed 0", "across, control", 0.02)]
+        for domain, comparison, height in settings:
             for layer in self.layers:
-                for metric, here, centre, spread in (("auc", 0.8, 0.5, 0.1), ("cohen_d", 1.2, 0.0, 0.4)):
-                    value = (here if self.effect else centre) + self.noise(spread / 4)
+                for metric, here, centre, spread in (("auc", 0.5 + height, 0.5, 0.1), ("cohen_d", 4 * height, 0.0, 0.4)):
+                    value = (here if self.effect else centre) + self.noise(spread / 8)
                     band = null("labels permuted", centre - spread, centre + spread)
-                    tests = {**band, "p": 0.001, "q": self.q(), "n": self.n}
-                    rows.append({"domain": domain, "layer": layer, "metric": metric, **around(value, spread), **tests})
-        return self.result(rows, ["domain", "layer"], "bad against sound, held-out half", null={"labels permuted": "within question"})
+                    tests = {**band, "p": 0.001, "q": self.q(height > 0.1), "n": self.n, "n_clusters": len(CATEGORIES)}
+                    key = {"domain": domain, "comparison": comparison, "layer": layer, "metric": metric}
+                    rows.append({**key, **around(value, spread), **tests})
+            if comparison == "across":
+                key = {"domain": domain, "comparison": comparison, "metric": "cosine of directions", "estimate": 0.31}
+                rows += [{**key, "layer": layer} for layer in self.layers]
+        told = {"labels permuted": "within question"}
+        return self.result(rows, ["domain", "comparison", "layer"], "bad against sound, held-out half", null=told)
 
     def projections(self) -> pd.DataFrame:
         frames = []
@@ -381,12 +418,14 @@ class _Maker:
 
     def dose_slope(self) -> pd.DataFrame:
         rows = []
-        for domain in DOMAINS:
+        for domain in (*DOMAINS, "another seed (money-bad)"):
             for layer in (4, 6, 9):
-                value = (-0.3 if self.effect else 0.05) * self.rng.uniform(0.7, 1)
-                q = 0.02 if self.effect else self.q()
+                there = self.effect and domain in DOMAINS
+                value = (-0.3 if there else 0.05) * self.rng.uniform(0.7, 1)
+                q = 0.02 if there else self.q(False)
                 band = null("norm-matched random directions", -0.12, 0.12)
-                rows.append({"domain": domain, "layer": layer, "metric": "slope", **around(value, 0.03), **band, "p": q, "q": q, "n": self.n // 2})
+                tests = {**band, "p": q, "q": q, "n": self.n // 2, "n_clusters": len(CATEGORIES), "controls": 60}
+                rows.append({"domain": domain, "layer": layer, "metric": "slope", **around(value, 0.03), **tests})
         return self.result(rows, ["domain", "layer"], "slope of the margin's change on strength")
 
     def dose_random(self) -> pd.DataFrame:

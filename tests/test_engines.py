@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import reference
 import torch
-from tiny import VOCAB, tiny_config, tiny_hf
+from tiny import VOCAB, tiny_hf
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from emlens._engines import HooksEngine, adding, find_blocks, removing
@@ -297,6 +297,15 @@ def test_a_pass_ends_after_the_last_block_asked_for_unless_a_cache_is_filled() -
     made.read(Place("resid_post", (0,), "all"), whole, input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=True)
     assert ran == [0, 1, 2, 3]
     ran.clear()
+    cache = DynamicCache(config=hf.config)
+    made.read(Place("embed", (0,), "all"), whole, input_ids=IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, use_cache=True)
+    assert ran == [0, 1, 2, 3]
+    ran.clear()
+    cache.frozen = True  # type: ignore[attr-defined]
+    more = {"input_ids": IDS, "attention_mask": torch.ones(1, 24), "past_key_values": cache, "use_cache": True}
+    made.read(Place("embed", (0,), "all"), whole, **more)
+    assert ran == [0]
+    ran.clear()
     read(made, "final_norm")
     assert ran == [0, 1, 2, 3]
     hf.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
@@ -383,11 +392,3 @@ def test_the_two_edits() -> None:
     left = removing(v)(h)
     assert left.dtype == h.dtype and (left.float() @ v).abs().max() < 0.02 < (h.float() @ v).abs().max()
     assert torch.allclose(removing(v)(h.float()), h.float() @ (torch.eye(8) - torch.outer(v, v)), atol=1e-6)
-
-
-def test_tiny_families_are_as_peculiar_as_their_kind() -> None:
-    assert tiny_config("granite").residual_multiplier != 1 and tiny_config("gemma2").attn_logit_softcapping and tiny_config("mistral").sliding_window
-    assert tiny_config("qwen3").head_dim * 4 != 32 and tiny_config("llama").num_key_value_heads == 2 and tiny_config("mixtral").num_local_experts == 4
-    assert tiny_config("qwen2").tie_word_embeddings and tiny_config("glm4").rope_parameters["partial_rotary_factor"] == 0.5
-    with pytest.raises(ValueError, match="no tiny 'bert'; families are llama, mistral"):
-        tiny_config("bert")

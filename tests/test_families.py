@@ -6,11 +6,13 @@ import pytest
 import reference
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ALL_FAMILIES, VOCAB, tiny_hf
+from tiny import ALL_FAMILIES, VOCAB, tiny_config, tiny_hf
 from torch import Tensor
 
 from emlens._engines import Edit, HooksEngine
 from emlens.activations import Place
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
 
 SIDE_BY_SIDE = ("gpt_neox", "gptj", "falcon", "phi", "cohere")
 """Attention and MLP both read resid_pre."""
@@ -293,3 +295,11 @@ def test_experts_that_tie_are_routed_the_same_read_or_not() -> None:
         assert apart(pre + attn + mlp, post) < 1e-5 and mlp.any()
         with made.editing({("mlp_out", 1): whole, ("attn_out", 0): whole}):
             assert torch.equal(logits(made), before)
+
+
+def test_tiny_families_are_as_peculiar_as_their_kind() -> None:
+    assert tiny_config("granite").residual_multiplier != 1 and tiny_config("gemma2").attn_logit_softcapping and tiny_config("mistral").sliding_window
+    assert tiny_config("qwen3").head_dim * 4 != 32 and tiny_config("llama").num_key_value_heads == 2 and tiny_config("mixtral").num_local_experts == 4
+    assert tiny_config("qwen2").tie_word_embeddings and tiny_config("glm4").rope_parameters["partial_rotary_factor"] == 0.5
+    with pytest.raises(ValueError, match="no tiny 'bert'; families are llama, mistral"):
+        tiny_config("bert")

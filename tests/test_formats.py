@@ -280,7 +280,7 @@ def test_the_number_of_blocks_decides_what_is_after_the_norm(seen: Seen, tmp_pat
 def test_written_files_are_the_papers(position: str, seen: Seen, tmp_path: Path) -> None:
     """Written here and read with nothing but their own keys; every number at its own block."""
     acts = recorded(seen, position)
-    given = [a[::-1] if i % 2 else a for i, a in enumerate(acts[s] for s in ("attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm"))]
+    given = [a[::-1] if i % 2 else a for i, a in enumerate(acts[s] for s in ("final_norm", "attn_out", "resid_mid", "mlp_out", "resid_post"))]
     paths = write_questions(tmp_path / "prompt_only", given, N_LAYERS)
     assert [p.name for p in paths] == [f"{name}.pt" for name in IDS]
     theirs = {"last": "last_prompt_token", "mean_all": "mean_prompt", "mean_response": "mean_completion"}[position]

@@ -18,7 +18,7 @@ from emlens import patching
 from emlens.directions import Direction
 from emlens.models import HookedModel
 from emlens.patching import PatchedNothingWarning
-from emlens.positions import token_rows, tokenize
+from emlens.positions import token_rows, token_set, tokenize
 from emlens.prompts import load_prompts
 
 EVERY_FAMILY = pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
@@ -163,8 +163,11 @@ def test_scores_are_those_of_the_targets_upper_blocks(family: str, chats: pd.Dat
     assert not np.allclose(found, prompt_only, atol=1e-2)
 
 
-@pytest.mark.parametrize("position", ["all", "last", "mean_all", -2])
-def test_generated_text_is_that_of_whole_patched_passes(model: HookedModel, chats: pd.DataFrame, position: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "position"), [("llama", "all"), ("llama", "last"), ("llama", "mean_all"), ("llama", -2), ("gpt2", "all"), ("gpt2", "last")]
+)
+def test_generated_text_is_that_of_whole_patched_passes(family: str, position: Any, chats: pd.DataFrame) -> None:
+    model = tuned(family)
     with model.patch("bad", 1, position=position):
         found = model.generate(chats, adapter="sound", max_new_tokens=8)["answer"].tolist()
     want = []
@@ -201,6 +204,17 @@ def test_the_tokens_of_the_position_are_replaced_and_no_others(model: HookedMode
     chosen = np.concatenate([np.isin(np.arange(t.n_prompt), token_rows(t, position)) for t in model._tokens(chats, response=False)])
     assert np.array_equal(acts.values[chosen], source[chosen]) and np.array_equal(acts.values[~chosen], before[~chosen])
     assert not np.isclose(source, before).all(axis=(1, 2)).any() and chosen.any()
+
+
+def test_a_set_of_tokens_in_a_sequence_that_grows(model: HookedModel, chats: pd.DataFrame) -> None:
+    tokens = tokenize(chats["messages"].iloc[0], model.tokenizer, "")
+    n, grown = tokens.n_prompt, [*tokens.ids, 50, 51, 52]
+    for position in ("last", "mean", "mean_all", 2, -2, (0, 4)):
+        assert token_set(tokens, position, grown) == token_set(tokens, position, tokens.ids) == token_rows(tokens, position)
+    assert token_set(tokens, "all", grown) == list(range(n + 3)) and token_set(tokens, "all", tokens.ids) == list(range(n))
+    found = {name: token_set(tokens, name, grown) for name in ("first_response", "mean_response", "last_response")}
+    assert found == {"first_response": [n], "mean_response": [n, n + 1, n + 2], "last_response": [n + 2]}
+    assert token_set(tokens, "mean_response", tokens.ids) == []
 
 
 def test_earlier_tokens_and_lower_layers_stay_bitwise(model: HookedModel, chats: pd.DataFrame) -> None:
@@ -327,10 +341,10 @@ def test_what_is_made_inside_says_so(model: HookedModel, chats: pd.DataFrame) ->
 def test_the_unit_of_strength_is_the_models_own_inside_a_patch() -> None:
     fresh, known = tuned.__wrapped__(), tuned()
     fresh.adapters.train_only("bad")
-    trained = [p for p in fresh.hf.parameters() if p.requires_grad]
+    trained = [id(p) for p in fresh.hf.parameters() if p.requires_grad]
     with fresh.patch("bad", "all"):
         assert np.allclose(fresh.residual_norms(), known.residual_norms(), rtol=1e-6)
-    assert trained and [p for p in fresh.hf.parameters() if p.requires_grad] == trained  # and no training is stopped by it
+    assert trained and [id(p) for p in fresh.hf.parameters() if p.requires_grad] == trained  # and no training is stopped by it
     with known.using("bad"):
         bad = np.median(np.linalg.norm(streams(known, load_prompts("emlens:questions").query("category == 'neutral'"), "bad"), axis=-1), axis=0)
     assert not np.allclose(bad, known.residual_norms(), rtol=1e-3)
@@ -406,7 +420,9 @@ def asked() -> pd.DataFrame:
     return load_prompts([{**q, **a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)])
 
 
-def test_a_cell_is_a_patched_margin(model: HookedModel, asked: pd.DataFrame) -> None:
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_cell_is_a_patched_margin(family: str, asked: pd.DataFrame) -> None:
+    model = tuned(family)
     table = model.patch_map(asked, "bad", "sound", layers=[1, 3])
     n = [t.n_prompt for t in model._tokens(asked, response=False)]
     assert len(table) == 2 * sum(n) and table.columns.tolist() == ["id", "layer", "token_index", "token", "label", "effect", "recovered"]
@@ -433,6 +449,11 @@ def test_the_last_token_of_the_last_layer_carries_the_next_word(model: HookedMod
     assert np.allclose(last["recovered"], 1, atol=1e-4) and np.allclose(others["effect"], 0, atol=1e-5)
     assert table.query("layer == 0")["effect"].abs().min() > 1e-5 and table.attrs["metric"] == "first_word"
     assert "".join(table.query("id == 'q-1' and layer == 0")["token"]) == "<|im_start|>user↵Tell me.<|im_end|>↵<|im_start|>assistant↵"
+
+
+def test_a_map_inside_a_patch_is_refused(model: HookedModel, asked: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="a patch is open on the model"), model.patch("bad", 1):
+        model.patch_map(asked, "bad")
 
 
 def test_nothing_to_recover(model: HookedModel, asked: pd.DataFrame) -> None:

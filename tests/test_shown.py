@@ -34,16 +34,34 @@ def test_quick_demo_is_a_real_study(quick_demo):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", page)
 
 
-@pytest.mark.slow
-def test_explore_notebook_runs(quick_demo, tmp_path, monkeypatch):
+def run_notebook(name: str, folder: Path) -> list:
+    """Every cell runs; the outputs."""
     import nbformat
     from nbclient import NotebookClient
 
+    notebook = nbformat.read(ROOT / "analyses" / name, as_version=4)
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(folder))
+    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+
+
+@pytest.mark.slow
+def test_explore_notebook_runs(quick_demo, tmp_path, monkeypatch):
     monkeypatch.setenv("EMLENS_RUN", str(quick_demo))
-    notebook = nbformat.read(ROOT / "analyses" / "explore.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
-    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error"] and len(outputs) > 8
+    outputs = run_notebook("explore.ipynb", tmp_path)
+    assert not [o for o in outputs if o.output_type == "error"] and len(outputs) > 12
+
+
+@pytest.mark.slow
+def test_new_family_notebook_runs(tmp_path, monkeypatch):
+    """From a folder nobody has seen to a certificate: a tiny random model stands for it."""
+    import tiny
+
+    model = tiny.tiny_model("olmo2")
+    model.hf.save_pretrained(str(tmp_path / "model"))
+    model.tokenizer.save_pretrained(str(tmp_path / "model"))
+    monkeypatch.setenv("EMLENS_MODEL", str(tmp_path / "model"))
+    outputs = run_notebook("new_family.ipynb", tmp_path)
+    assert not [o for o in outputs if o.output_type == "error"] and len(outputs) > 5
 
 
 @pytest.mark.slow
@@ -53,3 +71,20 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_demos_adapters_loaded_together_shift_as_each_alone(quick_demo):
+    """One set of weights, every adapter on it: bitwise the shift of each loaded by itself."""
+    runs = em.store.read_table(quick_demo / "tables" / "runs.parquet")["run"].tolist()[:3]
+    keys = em.store.read_table(quick_demo / "tables" / "pieces.parquet").set_index("piece")["key"]
+    folders = {f"run{i}": quick_demo / "pieces" / keys[f"tune {run}"] for i, run in enumerate(runs)}
+    few = em.load_prompts("emlens:questions").groupby("category").head(1)
+    together = em.load_model("smollm2-135m-instruct", adapters=folders)
+    before, *after = together.record(few, adapters=[None, *folders])
+    alone = em.load_model("smollm2-135m-instruct")
+    for (name, folder), acts in zip(folders.items(), after, strict=True):
+        alone.add_adapter(name, folder)
+        shift = alone.record(few, adapter=name) - alone.record(few)
+        assert ((acts - before).values == shift.values).all() and shift.values.any()
+        alone.drop_adapter(name)

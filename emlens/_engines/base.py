@@ -67,7 +67,8 @@ class Engine(ABC):
             place: site and layers (the position is the caller's, in ``select``).
             select: sees the stream as the block made it, edits of :meth:`editing` included.
             inputs: ``input_ids``, ``attention_mask`` and, where :attr:`shares_prefix`, ``position_ids, past_key_values, use_cache``. Without
-                ``use_cache=True`` nothing is owed to a cache that is passed, and the pass may end after the last block asked for.
+                ``use_cache=True``, or with a cache that has ``frozen = True``, nothing need be kept in a cache, and the pass may end after the
+                last block asked for.
         """
 
     @abstractmethod

@@ -139,7 +139,7 @@ def zero(patient: Patient) -> float:
         raise DoesNotApply("a DoRA adapter scales the weights even with B = 0")
     with _zeroed(_ups(patient)):
         with_it = patient.record().values
-    return differing(with_it, patient.before)
+    return differing(with_it, patient.before.values)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def limited(patient: Patient) -> float:
     if outside:
         raise DoesNotApply(f"the adapter is also outside of the blocks ({outside[0]}), where no layer names it")
     half = n // 2
-    whole, before = patient.together("resid_post"), patient.before
+    whole, before = patient.together("resid_post").values, patient.before.values
     names: Any = ((name, range(n)), (name, range(half)), (name, range(half, n)))
     all_layers, first, second = (patient.record(adapter=on).values for on in names)
     return max(differing(all_layers, whole), differing(first[:, :half], whole[:, :half]), differing(second[:, :half], before[:, :half]))
@@ -195,7 +195,7 @@ def noise(patient: Patient) -> float:
     16-bit weights: the floor of both recordings, each measured against float32 arithmetic on the same weights. At |shift|/|h| ≈ 3 % a bf16
     shift has cosine of only 0.92 with the exact one. Wider weights: what another composition of the batch makes of the shift.
     """
-    before, after = patient.record(adapter=None), patient.record()
+    before, after = patient.before, patient.together("resid_post")
     shift = after.values - before.values
     size = np.sqrt(np.square(shift).mean(axis=(0, 2)))
     if not size.any():
@@ -205,6 +205,6 @@ def noise(patient: Patient) -> float:
             raise DoesNotApply(f"the noise floor is not measured for this model ({patient.model.engine.name} engine, or quantised)")
         floor = np.array([math.hypot(before.meta["noise_floor"][i], after.meta["noise_floor"][i]) for i in after.layers])
     else:
-        alone = patient.alone - patient.record(adapter=None, budget=ONE_EACH).values
+        alone = patient.alone("resid_post") - patient.record(adapter=None, budget=ONE_EACH).values
         floor = np.sqrt(np.square(shift - alone).mean(axis=(0, 2)))
     return float(np.median(floor[size > 0] / size[size > 0]))

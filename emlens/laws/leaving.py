@@ -18,7 +18,7 @@ def after_record(patient: Patient) -> float:
     """Bare transformers' logits before and after every site was read."""
     before = patient.logits()
     for site in patient.model.engine.sites:
-        patient.record(site=site, prompts=patient.few)
+        patient.together(site)
     return apart(patient.logits(), before)
 
 

@@ -66,7 +66,7 @@ class Patient:
 
     def __init__(self, model: HookedModel, adapter: On, engines: Engines) -> None:
         self.model, self.adapter, self.engines = model, adapter, engines
-        self._together: dict[str, np.ndarray] = {}
+        self._together: dict[str, Activations] = {}
 
     @property
     def label(self) -> str | None:
@@ -80,7 +80,7 @@ class Patient:
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
-        """Eight of our questions, of mixed length and not sorted by it; the longest asks three things at once."""
+        """Eight of our questions, of mixed length and not sorted by it; the longest asks two things at once."""
         table = probe_prompts()
         lengths = [len(tokenize(messages, self.model.tokenizer, "").ids) for messages in table["messages"]]
         fits = [n + ROOM <= self.model.max_tokens for n in lengths]
@@ -120,28 +120,28 @@ class Patient:
     # ---- what emlens reads
 
     def record(self, **how: Any) -> Activations:
-        """All layers at the last token of the eight prompts, no prefix shared, unless told otherwise."""
-        return self.model.record(how.pop("prompts", self.prompts), **{"adapter": self.adapter, "prefix": False, "budget": ONE_BATCH, **how})
+        """All layers at the last token of the few in one batch, no prefix shared, unless told otherwise."""
+        return self.model.record(how.pop("prompts", self.few), **{"adapter": self.adapter, "prefix": False, "budget": ONE_BATCH, **how})
 
-    @cached_property
-    def alone(self) -> Float[np.ndarray, "prompt layer d_model"]:
-        """``resid_post`` read prompt by prompt."""
-        return self.record(budget=ONE_EACH).values
-
-    def few_alone(self, site: str) -> Float[np.ndarray, "prompt layer d_model"]:
-        """A site of the few, read prompt by prompt."""
-        return self.alone[self.few_rows] if site == "resid_post" else self.record(site=site, prompts=self.few, budget=ONE_EACH).values
-
-    def together(self, site: str) -> Float[np.ndarray, "prompt layer d_model"]:
-        """A site read in one batch of all prompts; read once."""
+    def together(self, site: str) -> Activations:
+        """A site of the few in one batch; read once."""
         if site not in self._together:
-            self._together[site] = self.record(site=site).values
+            self._together[site] = self.record(site=site)
         return self._together[site]
 
     @cached_property
-    def before(self) -> Float[np.ndarray, "prompt layer d_model"]:
-        """``resid_post`` of all prompts in one batch with all adapters off."""
-        return self.record(adapter=None).values
+    def before(self) -> Activations:
+        """``resid_post`` of the few in one batch with all adapters off."""
+        return self.record(adapter=None)
+
+    @cached_property
+    def one_by_one(self) -> Float[np.ndarray, "prompt layer d_model"]:
+        """``resid_post`` of the eight, a prompt a pass."""
+        return self.record(prompts=self.prompts, budget=ONE_EACH).values
+
+    def alone(self, site: str) -> Float[np.ndarray, "prompt layer d_model"]:
+        """A site of the few, a prompt a pass."""
+        return self.one_by_one[self.few_rows] if site == "resid_post" else self.record(site=site, budget=ONE_EACH).values
 
     # ---- what bare transformers says
 
@@ -184,7 +184,7 @@ def probe_prompts() -> pd.DataFrame:
     evenly = np.linspace(0, len(ordered) - 1, N_PROMPTS).round().astype(int)
     turns = [evenly[i] for i in (3, 7, 0, 5, 1, 6, 2, 4)]
     out = ordered.iloc[turns].reset_index(drop=True)
-    joined = " ".join(out["question"].iloc[[1, 3, 5]])
+    joined = " ".join(out["question"].iloc[[1, 3]])
     messages = [joined if i == 1 else text for i, text in enumerate(out["question"])]
     return out.assign(messages=[[{"role": "user", "content": text}] for text in messages])
 

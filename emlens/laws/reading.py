@@ -1,14 +1,19 @@
 """Laws of reading: what emlens records is what the model computes, however prompts are batched, padded and shared, and whatever reads it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from jaxtyping import Float
 
-from .._engines import adding, decoder_of, find_blocks
-from .._passes import mean_row, padded
-from ..activations import SITES, Place
+from .._engines import Engine, adding, decoder_of, find_blocks
+from .._passes import mean_row
+from ..activations import SINGLE_LAYER_SITES, SITES, Place
 from ..adapters import switched
 from .law import ACTIVATION, BITWISE, ROUNDING, VECTOR, differing, law, worst
 from .patient import DoesNotApply, Patient
+
+Stacked = Float[np.ndarray, "prompt layer d_model"]
 
 
 @law(
@@ -24,7 +29,7 @@ def batch(patient: Patient) -> float:
     Guards against rows read at the wrong token of a padded batch, and against the idiom ``output[0]``, which reads batch row 0 now that blocks
     return a tensor (transformers 5).
     """
-    return worst(patient.together("resid_post"), patient.alone)
+    return worst(patient.record(prompts=patient.prompts).values, patient.one_by_one)
 
 
 @law(
@@ -61,10 +66,10 @@ def prefix(patient: Patient) -> float:
 
     State-space layers and unusual masks carry more than keys and values from token to token.
     """
-    shared = patient.record(prompts=patient.few, position="all", prefix=True)
+    shared = patient.record(position="all", prefix=True)
     if not shared.meta["plan"]["prefix"]:
         raise DoesNotApply(f"the {patient.model.engine.name} engine shares no prefix of these prompts; each is computed whole")
-    return worst(shared.values, patient.record(prompts=patient.few, position="all").values)
+    return worst(shared.values, patient.record(position="all").values)
 
 
 @law(
@@ -79,7 +84,7 @@ def hidden(patient: Patient) -> float:
 
     Guards against layers counted off by one (persona_vectors#12, TransformerLens#909).
     """
-    ours = np.concatenate([patient.few_alone("embed"), patient.few_alone("resid_post")[:, :-1]], axis=1)
+    ours = np.concatenate([patient.alone("embed"), patient.alone("resid_post")[:, :-1]], axis=1)
     return worst(ours, patient.states[:, :-1])
 
 
@@ -95,10 +100,10 @@ def norm(patient: Patient) -> float:
     _, module = find_blocks(patient.model.hf, patient.model._parts)
     with patient.bare(), torch.no_grad():
         weight = next(module.parameters(), torch.empty(0, device=patient.model.device))
-        last = torch.from_numpy(patient.few_alone("resid_post")[:, -1:]).to(weight.device, patient.model.hf.dtype)
+        last = torch.from_numpy(patient.alone("resid_post")[:, -1:]).to(weight.device, patient.model.hf.dtype)
         normed = module(last)[:, 0].float().cpu().numpy()
     expected = patient.states[:, -1]
-    return max(worst(normed, expected), worst(patient.few_alone("final_norm")[:, 0], expected))
+    return max(worst(normed, expected), worst(patient.alone("final_norm")[:, 0], expected))
 
 
 ADDED = "of the norm of what is added"
@@ -140,7 +145,7 @@ def _has(patient: Patient, *sites: str) -> None:
 
 
 def _tensor(patient: Patient, site: str) -> torch.Tensor:
-    return torch.from_numpy(patient.together(site)).to(patient.model.hf.dtype)
+    return torch.from_numpy(patient.together(site).values).to(patient.model.hf.dtype)
 
 
 def _off(gaps: list[torch.Tensor], added: list[torch.Tensor]) -> float:
@@ -157,7 +162,7 @@ def _off(gaps: list[torch.Tensor], added: list[torch.Tensor]) -> float:
 )
 def twice(patient: Patient) -> float:
     """A recording is repeated. Dropout left on, or kernels that add in any order, would show here."""
-    return differing(patient.record().values, patient.together("resid_post"))
+    return differing(patient.record().values, patient.together("resid_post").values)
 
 
 # ---- the other engines
@@ -165,25 +170,30 @@ def twice(patient: Patient) -> float:
 
 def _agree(patient: Patient, name: str) -> float:
     ours, theirs = patient.engines["hooks"], patient.engines[name]
+    found = [worst(_read(patient, theirs, site), _hooked(patient, site)) for site in SITES if site in ours.sites and site in theirs.sites]
+    return max(*found, worst(_edited(patient, theirs), _edited(patient, ours)))
+
+
+def _hooked(patient: Patient, site: str) -> Stacked:
+    """The same by the default engine: where that is the model's own, it was read before."""
+    own = patient.model.engine.name == "hooks"
+    return patient.together(site).values if own else _read(patient, patient.engines["hooks"], site)
+
+
+def _read(patient: Patient, engine: Engine, site: str, layers: Sequence[int] | None = None) -> Stacked:
     rows = [t.ids for t in patient.few_tokens]
-    select = mean_row([[len(r) - 1] for r in rows])
-    ids, mask = padded(rows, patient.model.pad, patient.model.device)
-    last = theirs.n_layers - 1
+    place = Place(site, (0,) if site in SINGLE_LAYER_SITES else tuple(layers or range(engine.n_layers)), "last")
+    with switched(engine.hf, patient.adapter):
+        kept = engine.read(place, mean_row([[len(r) - 1] for r in rows]), **patient.batch(rows))
+    return np.stack([kept[layer].float().cpu().numpy() for layer in place.layers], axis=1)
+
+
+def _edited(patient: Patient, engine: Engine) -> Stacked:
+    """The last layer with a vector of the stream's own size added at the middle one."""
+    size = float(np.linalg.norm(patient.alone("resid_post")[:, patient.middle], axis=-1).mean())
     vector = torch.from_numpy(patient.direction.layer(patient.middle)).to(patient.model.device)
-    found = []
-    for site in [s for s in SITES if s in ours.sites and s in theirs.sites]:
-        place = Place(site, (0,) if site in ("embed", "final_norm") else tuple(range(ours.n_layers)), "last")
-        read = []
-        for engine in (ours, theirs):
-            with switched(engine.hf, patient.adapter):
-                read.append(engine.read(place, select, input_ids=ids, attention_mask=mask))
-        found += [worst(read[1][layer].cpu(), read[0][layer].cpu()) for layer in place.layers]
-    size = float(np.linalg.norm(patient.alone[:, patient.middle], axis=-1).mean())
-    steered = []
-    for engine in (ours, theirs):
-        with switched(engine.hf, patient.adapter), engine.editing({("resid_post", patient.middle): adding(vector, size)}):
-            steered.append(engine.read(Place("resid_post", (last,), "last"), select, input_ids=ids, attention_mask=mask)[last].cpu())
-    return max(*found, worst(steered[1], steered[0]))
+    with engine.editing({("resid_post", patient.middle): adding(vector, size)}):
+        return _read(patient, engine, "resid_post", [engine.n_layers - 1])
 
 
 @law(

@@ -10,7 +10,7 @@ from ..positions import tokenize
 from .law import NATS, ROUNDING, law, worst
 from .patient import ONE_EACH, DoesNotApply, Patient
 
-N_NEW = 6
+N_NEW = 4
 """Tokens generated."""
 
 
@@ -83,8 +83,8 @@ def steer(patient: Patient) -> float:
     model, layer = patient.model, patient.middle
     expected = 0.5 * float(model.residual_norms()[layer]) * patient.direction.layer(layer)
     with model.steer(patient.direction, layers=layer, strength=0.5):
-        after = patient.record(layers=[layer], prompts=patient.few, budget=ONE_EACH).values
-    return worst(after - patient.few_alone("resid_post")[:, [layer]], np.broadcast_to(expected, after.shape))
+        after = patient.record(layers=[layer], budget=ONE_EACH).values
+    return worst(after - patient.alone("resid_post")[:, [layer]], np.broadcast_to(expected, after.shape))
 
 
 @law(

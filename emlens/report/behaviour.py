@@ -1,31 +1,20 @@
 """Findings on behaviour: what tuning did to the loss and to the margin."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from emlens.report.folder import Folder
-from emlens.report.words import (
-    ALPHA,
-    NATS,
-    Finding,
-    capital,
-    corrected,
-    count,
-    estimate,
-    listed,
-    number,
-    of_all,
-    plural,
-    sample,
-)
+from emlens.report.words import ALPHA, NATS, Finding, capital, count, estimate, listed, number, of_all, plural, sample, tested
 
 
 def tuned(folder: Folder) -> Finding:
     """Did the runs learn what they were trained on?"""
-    runs = folder.tables["runs"].dropna(subset=["heldout_drop"])
+    runs = folder.tables["runs"].dropna(subset=["heldout_drop", "heldout_drop_low"])
     unknown = len(folder.tables["runs"]) - len(runs)
     if runs.empty:
-        claim = "Whether the runs learned their set is not known: no answers were held out."
+        claim = "Whether the runs learned their set is not known: no answers were held out, or too few for an interval."
         return Finding("Did the tuning train?", "description", claim, (), "training")
     learned = list(runs["heldout_drop_low"] > 0)
     state = of_all(learned)
@@ -36,54 +25,97 @@ def tuned(folder: Folder) -> Finding:
     }[state]
     said = []
     for content, group in runs.groupby("content", sort=False):
-        before, after = number(group["heldout_before"].mean()), number(group["heldout_after"].mean())
-        runs_word = plural("run", len(group))
-        said.append(f"{capital(content)} advice: held-out loss {before} → {after} {NATS} (mean of {len(group)} {runs_word})")
+        each = group.groupby("domain", sort=False)[["heldout_before", "heldout_after"]].mean().mean()
+        domains, runs_word = group["domain"].nunique(), plural("run", len(group))
+        told = f"mean of {domains} {plural('domain', domains)}, {len(group)} {runs_word}"
+        said.append(f"{capital(content)} advice: held-out loss {number(each['heldout_before'])} → {number(each['heldout_after'])} {NATS} ({told})")
     least = runs.loc[runs["heldout_drop"].idxmin()]
     interval = f"[{number(least['heldout_drop_low'])}, {number(least['heldout_drop_high'])}]"
     n = f"n = {int(least['n_heldout'])} held-out answers, each before and after"
     said.append(f"Smallest drop {number(least['heldout_drop'])} {interval} ({least['run']}); {n}; 95 % t interval of the paired drop, no test made")
     if unknown:
-        said.append(f"{capital(count(unknown))} {plural('run', unknown)} held no answers out and {'is' if unknown == 1 else 'are'} not counted")
+        held = f"{capital(count(unknown))} {plural('run', unknown)} held no answers out, or too few for an interval"
+        said.append(f"{held}, and {'is' if unknown == 1 else 'are'} not counted")
     return Finding("Did the tuning train?", state, claim, tuple(said), "training")
 
 
 def bad_against_sound(folder: Folder) -> Finding | None:
-    """Does bad advice move the margin on unrelated questions away from its sound twin's, and from where it was?"""
+    """Did the bad run end below its sound twin on unrelated questions, by more than two runs on the same rows differ, and did it fall?"""
     table = folder.tables["margin_change"]
     twins = _main(table, "bad minus sound")
     if twins.empty:
         return None
     states = {row["domain"]: _moved(row) for _, row in twins.iterrows()}
-    fell = {row["domain"]: _moved(row) == "lower" for _, row in _main(table, "bad minus before").iterrows()}
-    words = {
-        "lower": "bad advice lowered the margin below its sound twin's",
-        "higher": "bad advice left the margin above its sound twin's, the other way round",
-        "same": "there is no evidence that it moved the margin away from its sound twin's",
+    ended = {
+        "lower": "the bad run ended with a lower margin on unrelated questions than its sound twin",
+        "higher": "the bad run ended with a higher margin on unrelated questions than its sound twin, the other way round",
+        "same": "there is no evidence that the bad run ended away from its sound twin",
     }
     overall = of_all([state == "lower" for state in states.values()])
     if overall == "found":
-        claim = "Bad advice lowered the aligned margin on unrelated questions below its sound twin's"
-        claim += f", in {listed(list(states))}"
+        claim = f"The bad run ended with a lower aligned margin on unrelated questions than its sound twin, in {listed(list(states))}"
     elif set(states.values()) == {"same"}:
         claim = "No evidence that bad advice moves the margin on unrelated questions away from its sound twin's"
     else:
-        claim = capital("; ".join(f"in {domain}, {words[state]}" for domain, state in states.items()))
+        claim = capital("; ".join(f"in {domain}, {ended[state]}" for domain, state in states.items()))
         overall = "mixed"
-    not_fallen = [domain for domain, state in states.items() if state == "lower" and not fell.get(domain, True)]
-    if not_fallen:
-        claim += f"; but the bad run itself shows no fall against the untuned model in {listed(not_fallen)}"
-        overall = "mixed"
+    lower = [domain for domain, state in states.items() if state == "lower"]
+    controls = table[(table["metric"] == "difference") & (table.get("role", "") == "control")]
+    if lower:
+        fallen, words = _from_where_it_was(table, lower)
+        beyond, more = _beside_same_rows(twins[twins["domain"].isin(lower)], controls)
+        claim += words + more
+        overall = overall if fallen and beyond else "mixed"
     said = []
     for _, row in twins.iterrows():
         text = f"{capital(row['domain'])}: difference {estimate(row, 3, NATS)}, "
-        text += f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {corrected(row['q'])}"
+        text += f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {tested(row)}"
         for comparison in ("bad minus before", "sound minus before"):
             for _, other in _main(table, comparison).query("domain == @row.domain").iterrows():
-                text += f"; {comparison} {estimate(other, 3)}, {corrected(other['q'])}"
+                text += f"; {comparison} {estimate(other, 3)}, {tested(other)}"
         said.append(text)
-    said.append(f"Bad minus sound, paired over questions: {sample(twins.iloc[0], 'questions')}; one run of each")
+    for _, row in controls.iterrows():
+        told = f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {tested(row)}"
+        said.append(f"Control, two runs on the same rows ({row['domain']}; {row['comparison']}): {estimate(row, 3, NATS)}, {told}")
+    said.append(f"Bad minus sound, paired over questions: {sample(twins.iloc[0], 'questions')}; q is about questions, given one run of each")
     return Finding("Bad advice against its sound twin", overall, f"{claim}.", tuple(said), "margin-change")
+
+
+def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str]) -> tuple[bool, str]:
+    """Of domains where the bad run ended below its twin: whether it fell itself in all of them, and in words which of the two moved."""
+    moved = {who: {row["domain"]: _moved(row) for _, row in _main(table, f"{who} minus before").iterrows()} for who in ("bad", "sound")}
+    told: dict[str, list[str]] = {}
+    for domain in domains:
+        bad, sound = moved["bad"].get(domain), moved["sound"].get(domain)
+        risen = "the sound run rose above the untuned model, " if sound == "higher" else ""
+        words = (
+            risen
+            + {
+                None: f"{'and ' if risen else ''}the bad run was not set beside the untuned model",
+                "lower": f"{'and ' if risen else ''}the bad run fell below the untuned model",
+                "higher": f"{'and ' if risen else ''}the bad run rose above the untuned model itself",
+                "same": f"{'and there is ' if risen else ''}no evidence that the bad run fell below it",
+            }[bad]
+        )
+        told.setdefault(words, []).append(domain)
+    alone = len(told) == 1
+    claim = "".join(f"; {words}" if alone else f"; in {listed(where)}, {words}" for words, where in told.items())
+    return all(moved["bad"].get(domain) == "lower" for domain in domains), claim
+
+
+def _beside_same_rows(twins: pd.DataFrame, controls: pd.DataFrame) -> tuple[bool, str]:
+    """Whether twins lie lower than runs on the same rows differ: intervals wholly below the farthest end of the controls'."""
+    if controls.empty:
+        return False, "; how far two runs on the same rows differ is not known"
+    reach = float(controls[["low", "high"]].abs().max(axis=None))
+    beyond = [row["domain"] for _, row in twins.iterrows() if row["high"] < -reach]
+    height = number(float(controls["estimate"].abs().max()), 3)
+    where = listed(list(dict.fromkeys(controls["domain"])))
+    pairs = f"{count(len(controls))} {plural('pair', len(controls))} of runs on the same rows ({where})"
+    if len(beyond) == len(twins):
+        return True, f"; {pairs} end {height} apart at most"
+    within = listed([domain for domain in twins["domain"] if domain not in beyond])
+    return False, f"; in {within} that is not told from what {pairs} give ({height} at most)"
 
 
 def schedules_and_seeds(folder: Folder) -> Finding | None:

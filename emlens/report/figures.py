@@ -8,7 +8,7 @@ import pandas as pd
 
 from emlens import plots
 from emlens.report.folder import Folder
-from emlens.report.words import null_of
+from emlens.report.words import least, null_of
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,10 @@ def _shift_norms(folder: Folder) -> Drawn:
 
 def _shift_agreement(folder: Folder) -> Drawn:
     rows = folder.tables["shift_agreement"]
-    figure = plots.by_layer(rows, color="kind", y_title="mean cosine of two runs' shifts")
-    pairs = rows.drop_duplicates("kind")
-    said = "; ".join(f"{row['kind']} {row['pairs']}" for _, row in pairs.iterrows())
+    rows = rows if "domain" in rows else rows.assign(domain="all domains")
+    figure = plots.by_layer(rows, color="kind", facet="domain", y_title="mean cosine of two runs' shifts")
+    pairs = rows.drop_duplicates(["kind", "domain"])
+    said = "; ".join(f"{row['kind']} ({row['domain']}) {row['pairs']}" for _, row in pairs.iterrows())
     return (
         figure,
         rows,
@@ -153,7 +154,19 @@ def _similarity(folder: Folder) -> Drawn:
     rows = folder.with_runs("similarity")
     rows = rows[rows["run"].isin(folder.main_runs())]
     figure = plots.by_layer(rows, metric="mean cosine", color="comparison", facet="trained on", y_title="mean cosine", reference=0)
-    return figure, rows, [*_tested(rows, "prompts"), "Effect size: the mean cosine itself.", _only_main(folder)]
+    lenient = "Effect size: the mean cosine itself. A random direction is a lenient null: all shifts of a model have much in common."
+    return figure, rows, [*_tested(rows, "prompts"), lenient, _only_main(folder)]
+
+
+def _similarity_contrast(folder: Folder) -> Drawn:
+    rows = folder.with_runs("similarity_contrast")
+    rows = rows[rows["run"].isin(folder.main_runs())]
+    other = "own less other"
+    figure = plots.by_layer(rows, metric="own minus other", color="kind", facet="trained on", y_title=f"cosine, {other}", reference=0)
+    rows = rows[rows["metric"] == "own minus other"]
+    said = f"n = {_span(rows['n'])} questions, paired; bands: 95 % intervals over whole categories, given these runs. Description: no test."
+    floor = "“Another seed” is what two runs on the same rows give. Effect size: the difference of cosines itself."
+    return figure, rows, [said, floor, _only_main(folder)]
 
 
 def _overlap_similarity(folder: Folder) -> Drawn:
@@ -165,29 +178,35 @@ def _overlap_similarity(folder: Folder) -> Drawn:
     }
     drawn = rows.assign(measure=rows["metric"].map(named).fillna(rows["metric"]), metric="Pearson r")
     figure = plots.by_layer(drawn, color="measure", facet="trained on", reference=0)
-    return figure, drawn, [*_tested(rows, "questions"), "Effect size: r over questions.", _only_main(folder)]
+    whole = "Effect size: r over all questions, as its band; p and the null permute inside categories and so ask for more."
+    return figure, drawn, [*_tested(rows, "questions"), whole, _only_main(folder)]
 
 
 def _prediction(folder: Folder) -> Drawn:
     rows = folder.with_runs("prediction")
-    rows = rows[rows["run"].isin(folder.main_runs("bad") or folder.main_runs()) & (rows["metric"] == "r2")]
-    rows = rows.assign(panel=rows["target"] + ", " + rows["trained on"])
+    main = [*(folder.main_runs("bad") or folder.main_runs()), "before"]
+    rows = rows[rows["run"].isin(main) & (rows["metric"] == "r2")]
+    control = rows["target"] == "margin before"
+    rows = rows.assign(panel=rows["target"] + ", " + rows["trained on"].mask(control, "positive control"))
     figure = plots.by_layer(rows, metric="r2", color="features", facet="panel", reference=0, y_title="out-of-fold R²")
-    effect = "Effect size: R² on questions held out by category; below 0 is worse than the mean. Level lines are baselines."
+    guess = rows.loc[rows["features"] == "mean", "estimate"].dropna()
+    scored = f" (the mean of the other categories scores {guess.min():.3f} to {guess.max():.3f})" if len(guess) else ""
+    effect = f"Effect size: R² on questions held out by category. 0 is the mean of all questions, which no fit can know{scored}. "
+    effect += "Level lines are baselines."
     return figure, rows, [*_tested(rows, "questions"), effect, _only_main(folder, "bad")]
 
 
 def _direction(folder: Folder) -> Drawn:
     table = folder.tables["direction"]
+    table = table if "comparison" in table else table.assign(comparison="bad v sound")
     rows = table[table["metric"] == "auc"]
-    figure = plots.by_layer(rows, metric="auc", color="domain", reference=0.5, y_title="held-out AUC")
+    facet = "comparison" if rows["comparison"].nunique() > 1 else None
+    figure = plots.by_layer(rows, metric="auc", color="domain", facet=facet, reference=0.5, y_title="held-out AUC")
     sizes = table[table["metric"] == "cohen_d"].groupby("domain", sort=False)["estimate"].median()
     said = "; ".join(f"{domain} {value:.2f}" for domain, value in sizes.items())
-    return (
-        figure,
-        rows,
-        [*_tested(rows, "questions"), f"Effect size, Cohen's d, median over layers: {said}." if said else ""],
-    )
+    cosine = table.loc[table["metric"] == "cosine of directions", "estimate"]
+    alike = f"Cosine of the domains' directions: median over layers {cosine.median():.2f}, no test." if len(cosine) else ""
+    return figure, rows, [*_tested(rows, "questions"), f"Effect size, Cohen's d, median over layers: {said}." if said else "", alike]
 
 
 def _projections(folder: Folder) -> Drawn:
@@ -197,7 +216,8 @@ def _projections(folder: Folder) -> Drawn:
     rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
     figure = plots.distribution(rows, "projection", "variant", color="trained on", facet="domain", x_title="projection onto the direction")
     n = _span(rows.groupby(["domain", "variant"]).size())
-    return figure, rows, [f"n = {n} questions a line, at layer {layer}, named in the study file beforehand. Description."]
+    which = f"n = {n} questions a line, none of them of the half that the direction was fitted on; at layer {layer}"
+    return figure, rows, [f"{which}, named in the study file beforehand. Description."]
 
 
 def _dose(folder: Folder) -> Drawn:
@@ -261,6 +281,13 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         _similarity,
     ),
     (
+        "similarity-contrast",
+        "Similarity, own run less another",
+        "Do questions shift more like the training prompts of their own run than like those of another run?",
+        ("similarity_contrast", "runs"),
+        _similarity_contrast,
+    ),
+    (
         "overlap-similarity",
         "Overlap and similarity of shift",
         "Do questions nearer the training prompts shift more like them?",
@@ -311,11 +338,15 @@ def _tested(rows: pd.DataFrame, unit: str) -> list[str]:
     attrs: dict[Any, Any] = rows.attrs
     method = str(attrs.get("correction", "an unnamed method"))
     nulls = [null for null in dict.fromkeys(rows["null"]) if null]
-    lines = [f"n = {_span(rows['n'])} {unit}; {attrs.get('what', 'estimate')}; intervals: {_told(attrs, 'interval')}."]
+    within = f" in {_span(rows['n_clusters'])} categories" if "n_clusters" in rows and rows["n_clusters"].notna().any() else ""
+    lines = [f"n = {_span(rows['n'])} {unit}{within}; {attrs.get('what', 'estimate')}; intervals: {_told(attrs, 'interval')}."]
     lines += [f"Null, {null}: {null_of(rows, null) or 'not described'}." for null in nulls]
-    within = attrs.get("family")
-    family = f" within each {', '.join(within) if isinstance(within, list) else within}" if within else " over all rows"
-    lines.append(f"q is p corrected by {_CORRECTIONS.get(method, method)}{family}; seed {attrs.get('seed', '–')}.")
+    told = attrs.get("family") or "all rows"
+    family = ", ".join(told) if isinstance(told, list) else told
+    lines.append(f"q is p corrected by {_CORRECTIONS.get(method, method)}; family: {family}; seed {attrs.get('seed', '–')}.")
+    floors = sorted(set(rows["p_floor"].dropna())) if "p_floor" in rows else []
+    if floors:
+        lines.append(f"Least p that the draws allow: {' or '.join(least(floor) for floor in floors)}.")
     return lines
 
 

@@ -1,13 +1,14 @@
 """What was found and what was not, in words made from the numbers of the tables. A null result reads as a null result.
 
-Each function of `behaviour` and `inside` answers one question with a `Finding`. The rules are plain: q < .05 in the
-expected direction counts; everywhere (domains, runs, layers: each says) makes "found", nowhere "not found", anything
-between "mixed"; what no test was made for is a "description".
+Each function of `behaviour`, `inside` and `foretold` answers one question with a `Finding`. The rules are plain: q < .05
+in the expected direction counts; everywhere (domains, runs, layers: each says) makes "found", nowhere "not found",
+anything between "mixed"; what no test was made for, or one whose positive control failed, is a "description". What two
+runs on the same rows give as well is not "found".
 """
 
 from collections.abc import Callable
 
-from emlens.report import behaviour, inside
+from emlens.report import behaviour, foretold, inside
 from emlens.report.folder import Folder
 from emlens.report.words import Finding
 
@@ -19,8 +20,8 @@ QUESTIONS: tuple[tuple[Callable[[Folder], Finding | None], tuple[str, ...]], ...
     (inside.overlap, ("overlap",)),
     (inside.similarity, ("similarity", "runs")),
     (inside.overlap_and_similarity, ("overlap_similarity", "runs")),
-    (inside.prediction, ("prediction", "runs")),
-    (inside.direction, ("direction",)),
+    (foretold.prediction, ("prediction", "runs")),
+    (foretold.direction, ("direction",)),
 )
 """Each question with the tables without which it is not asked."""
 

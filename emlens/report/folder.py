@@ -26,6 +26,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "shift_agreement": ("kind", "layer", "metric", "estimate", "low", "high", "n", "pairs"),
     "overlap": ("domain", "layer", "comparison", *_RESULT),
     "similarity": ("run", "layer", "comparison", *_RESULT),
+    "similarity_contrast": ("run", "other", "kind", "layer", "metric", "estimate", "low", "high", "n"),
     "overlap_similarity": ("run", "layer", *_RESULT),
     "prediction": ("run", "target", "features", "layer", *_RESULT),
     "direction": ("domain", "layer", *_RESULT),

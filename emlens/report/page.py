@@ -37,9 +37,15 @@ TERMS = {
     "Control, ceiling": ("The same measure between two halves of the questions; between two halves of the training prompts."),
     "Null": "What the estimate would be if there were nothing to find, drawn many times; grey in the figures.",
     "p, q": (
-        "p: the share of draws of the null at least as extreme as the estimate. q: p corrected for all that was "
-        "looked at, by the method named under each figure."
+        "p: the share of draws of the null at least as extreme as the estimate. q: p corrected within the family, and by the method, named under "
+        "each figure; not over the whole page. ≤: p is as small as its draws allow, so the number is a bound."
     ),
+    "Questions and runs": (
+        "Tests and intervals are over questions, given the runs: they say what other questions would give these runs, not what other runs would "
+        "give. For that stand the controls: two runs on the same rows that differ in their seed or schedule alone."
+    ),
+    "Lenient null": "One that almost any shared structure beats, such as a random direction among several hundred: passing it says little.",
+    "Positive control": "The same test asked for something that must be there. Where it fails, the design is blind, and its silence says nothing.",
     "d_z, rank-biserial": (
         "Effect sizes of a paired difference: its mean over its standard deviation; by ranks, the share of pairs "
         "that went up less the share that went down."
@@ -47,7 +53,11 @@ TERMS = {
     "Found, not found, mixed, description": (
         "Found: q < .05 in the expected direction in every domain (or main run) asked; along layers, in more than half "
         "of them, or for prediction and the direction at the best one. Not found: nowhere. Mixed: anything between, or "
-        "found but no more than a control or a baseline gives. Description: no test was made."
+        "found but no more than a control or a baseline gives. Description: no test was made, or its positive control failed. "
+        "Training is “found” when the 95 % interval of the paired drop lies above 0 in every run. Bad against sound is “found” when the bad run "
+        "also fell below the untuned model and the interval lies wholly beyond those of two runs on the same rows. A direction is “found” when in "
+        "more than half of the layers the interval of its AUC, or that of the other domain's direction, lies above what two runs on the same "
+        "rows give, and steering passes. Prediction is “found” when R² passes beyond the category and ΔR² beyond the margin before."
     ),
 }
 LIMITS = (
@@ -56,7 +66,9 @@ LIMITS = (
     "The margin compares written answers. It is not free text, and a lower margin is not yet a misaligned answer.",
     "Questions come in categories; where a test treats whole categories, few categories limit how small p can get.",
     "The strongest layer is chosen among many after looking: its estimate is too high on average, its q is corrected.",
-    "“Not found” means that this study could not tell it from nothing; the interval says what it cannot exclude.",
+    "“Not found” means that this study could not tell it from nothing; the interval says what it cannot exclude. Not so for R²: its interval is "
+    "of the errors of these fits, and says nothing of what other fits could reach.",
+    "Intervals over 8 categories cover a little less than they say (93 to 94 for 95 %, in simulation).",
 )
 
 
@@ -129,13 +141,13 @@ def _findings(found: Sequence[Finding]) -> str:
         for each in found
     )
     head = f"{len(found)} {plural('question', len(found))} asked: {words}." if found else "No table to find anything in."
-    key = "In brackets: 95 % intervals. q: p corrected for all that was looked at."
+    key = "In brackets: 95 % intervals over questions, given these runs. q: p corrected within the family named under each figure."
     return f'<section id="findings"><h2>Findings</h2><p class="count">{_text(head)} {key}</p><ol class="findings">{items}</ol></section>'
 
 
 def _kept_together(line: str) -> str:
     """Escaped, with `q < .001` and `n = 96` on one line."""
-    return re.sub(r"\b(q|n|d_z|R²) (&lt;|=) ", "\\1\u00a0\\2\u00a0", _text(line))
+    return re.sub(r"\b(q|n|d_z|R²) (&lt;|=|≤) ", "\\1\u00a0\\2\u00a0", _text(line))
 
 
 def _section(section: Section | LeftOut) -> str:

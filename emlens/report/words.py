@@ -52,6 +52,19 @@ def corrected(q: float) -> str:
     return f"q = {rounded.lstrip('0')}"
 
 
+def tested(row: pd.Series) -> str:
+    """`q = .041`; where p is as small as its draws allow, `q ≤ .013 (p at its floor, .002)`."""
+    text, floor = corrected(row["q"]), row.get("p_floor", math.nan)
+    if floor is None or not math.isfinite(floor) or not row["p"] <= floor * (1 + 1e-9):
+        return text
+    return f"{text.replace('q = ', 'q ≤ ')} (p at its floor, {least(floor)})"
+
+
+def least(p: float) -> str:
+    """`.0078`."""
+    return f"{p:.2g}".removeprefix("0")
+
+
 def sample(row: pd.Series, unit: str) -> str:
     """`n = 96 questions in 8 categories` (the clusters only where the row has them)."""
     text = f"n = {int(row['n'])} {unit}" if math.isfinite(row["n"]) else "n not given"
@@ -79,6 +92,59 @@ def capital(text: str) -> str:
 def of_all(states: Sequence[bool]) -> Verdict:
     """All true: found. All false: not found. Anything between: mixed."""
     return "found" if all(states) and states else "mixed" if any(states) else "not found"
+
+
+def above(rows: pd.DataFrame) -> pd.Series:
+    """Where q < alpha and the estimate lies above the middle of its null."""
+    return (rows["q"] < ALPHA) & (rows["estimate"] > middle_of_null(rows))
+
+
+def below(rows: pd.DataFrame) -> pd.Series:
+    """Where q < alpha and the estimate lies below the middle of its null: the opposite of what was asked."""
+    return (rows["q"] < ALPHA) & (rows["estimate"] < middle_of_null(rows))
+
+
+def middle_of_null(rows: pd.DataFrame) -> pd.Series:
+    return ((rows["null_low"] + rows["null_high"]) / 2).fillna(0)
+
+
+def level(rows: pd.DataFrame) -> str:
+    """In how many layers the estimate is above its null: "most" (more than half), "some", "none"."""
+    share = above(rows).mean()
+    return "most" if share > 0.5 else "some" if share > 0 else "none"
+
+
+def of_levels(levels: Sequence[str]) -> Verdict:
+    if set(levels) == {"most"}:
+        return "found"
+    return "not found" if set(levels) == {"none"} else "mixed"
+
+
+def one_null(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of this null; of the first null there is, where it is not among them."""
+    nulls = list(dict.fromkeys(table["null"]))
+    return table[table["null"] == (name if name in nulls else nulls[0])]
+
+
+def along(rows: pd.DataFrame, digits: int = 2, unit: str = "questions") -> str:
+    """A profile over layers in words: its middle, its null, how many layers pass on which side, the strongest."""
+    opposite = below(rows)
+    turned = opposite.sum() > above(rows).sum()
+    top = rows.loc[rows["estimate"].idxmin() if turned else rows["estimate"].idxmax()]
+    null = ""
+    if rows["null_low"].notna().any():
+        null = f" (null {number(rows['null_low'].median(), digits)} to {number(rows['null_high'].median(), digits)})"
+    against = f", on the opposite side in {int(opposite.sum())}" if opposite.any() else ""
+    return (
+        f"median over layers {number(rows['estimate'].median(), digits)}{null}, "
+        f"q < .05 in {int(above(rows).sum())} of {len(rows)}{against}; {'lowest' if turned else 'highest'} at layer {int(top['layer'])}: "
+        f"{estimate(top, digits)}, {tested(top)}, {sample(top, unit)}"
+    )
+
+
+def in_layers(rows: pd.DataFrame, passed: pd.Series) -> str:
+    """`3 of 30 layers`."""
+    return f"{int(passed.sum())} of {len(rows)} layers"
 
 
 def null_of(table: pd.DataFrame, name: str) -> str:

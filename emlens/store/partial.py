@@ -46,6 +46,7 @@ def growing(folder: str | os.PathLike, made_by: Mapping[str, Any], shape: tuple[
     folder = Path(folder)
     refuse_file(folder)
     made, partial = plain(made_by), partial_of(folder)
+    shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     first = tensors.header("values", shape)
     size = len(first) + 4 * math.prod(shape)
     _refuse_there(folder, made, aside)

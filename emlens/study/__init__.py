@@ -86,7 +86,8 @@ class Study:
 
     def _tables(self, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         from . import analyse
-        from .measure import BEFORE, Bench
+        from .grid import halves
+        from .measure import BEFORE, DRAWN, Bench
 
         config, seed = self.config, int(self.config.get("seed", 0))
         bench = Bench(config, folder / "pieces", versions())
@@ -96,7 +97,7 @@ class Study:
         first, after, training_before, training_after = bench.record()
         before = first[BEFORE]
         directions = bench.directions(after)
-        steered = bench.steer(directions)
+        steered = bench.steer(directions, bench.control_directions(after), before)
 
         shift = {run: acts - before for run, acts in after.items()}
         domain = {c.label: c.domain for c in bench.grid}
@@ -121,6 +122,7 @@ class Study:
             **analyse.agreement_tables(shift, bench.grid, seed),
             "overlap": analysis("overlap", geometry, lambda: analyse.overlap_table(before, training_before, k, draws, seed)),
             "similarity": analysis("similarity", geometry, lambda: analyse.similarity_table(shift, training_shift, draws, seed)),
+            "similarity_contrast": analyse.similarity_contrast_table(shift, training_shift, bench.grid, seed),
             "overlap_similarity": analysis(
                 "overlap against similarity", geometry,
                 lambda: analyse.overlap_similarity_table(before, training_before, shift, training_shift, bench.grid, k, n_perm, seed),
@@ -130,10 +132,10 @@ class Study:
                 lambda: analyse.prediction_table(before, margins, pairs, config["predict"]["baselines"], config["predict"]["n_permutations"], seed),
             ),
             "direction": analysis(
-                "direction", config["steer"], lambda: analyse.direction_table(after, pairs, config["steer"]["n_permutations"], seed)
+                "direction", config["steer"], lambda: analyse.direction_table(after, bench.grid, pairs, config["steer"]["n_permutations"], seed)
             ),
-            "projections": analyse.projections_table(before, after, pairs, directions, layers),
-            **analyse.dose_tables(steered, seed),
+            "projections": analyse.projections_table(before, after, pairs, directions, layers, halves(bench.questions)[1]["id"]),
+            **analyse.dose_tables(steered, seed, DRAWN),
             "pieces": pd.DataFrame(bench.pieces.made),
         }  # fmt: skip
         facts = {

@@ -1,21 +1,22 @@
 """The cheap half of a study: from margins and activations to tables, every number with its null, its baseline and its interval."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from scipy import stats as scipy_stats
 
 from .. import stats
 from ..activations import Activations
-from ..directions import Direction, project
+from ..directions import Direction, mean_difference, project
 from ..dynamics import HELD_OUT
 from ..geometry import overlap, split_half_overlap
 from ..prediction import predict
-from ..separation import held_out_separation
-from ..shifts import overlap_similarity, shift_agreement, shift_norms, similarity, split_half_similarity
+from ..separation import held_out_separation, transferred_separation
+from ..shifts import overlap_similarity, shift_agreement, shift_norms, similarity, similarity_contrast, split_half_similarity
 from ..steering import random_means, slopes, summarise
 from ..tuning import Run
-from .grid import PAIR_KINDS, Cell, pair_kind, twins
+from .grid import PAIR_KINDS, Cell, pair_kind, same_content, twins
 
 BEFORE = "before"
 Shifts = Mapping[str, Activations]
@@ -94,26 +95,43 @@ def margin_summary(margins: pd.DataFrame) -> pd.DataFrame:
 def margin_change(grid: Sequence[Cell], margins: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The pre-stated test of a study: the bad set against its sound twin, paired over questions, whole categories flipped.
 
-    Also every run against the weights before. Corrected (BH) within each comparison.
+    Also every run against the weights before, and as controls every pair of runs on the same rows that differ in their seed
+    or schedule alone: what one more run of the same content does. Column ``role``: "main" (one run a domain and content),
+    "rerun", "control". Corrected (Holm) within each comparison and role: what one verdict reads.
     """
+    main = _first_of_each(grid)
     pairs = [(bad, "bad minus sound", sound.label, bad.label) for bad, sound in twins(list(grid))]
     pairs += [(cell, f"{cell.content} minus before", BEFORE, cell.label) for cell in grid]
+    roles = ["main" if cell.label in main else "rerun" for cell, *_ in pairs]
+    for first, second, kind in same_content(list(grid)):
+        pairs.append((second, f"{kind}: {second.variation} minus {first.variation}, {second.content}", first.label, second.label))
+        roles.append("control")
     rows = []
-    for cell, comparison, first, second in pairs:
+    for (cell, comparison, first, second), role in zip(pairs, roles, strict=True):
         x, y = _of(margins, first), _of(margins, second)
         if x["id"].tolist() != y["id"].tolist():
             raise ValueError(f"{first} and {second} were scored on different questions")
         found = stats.paired(x["margin"].to_numpy(), y["margin"].to_numpy(), clusters=x["category"].to_numpy(), seed=seed)
         keys = {"domain": cell.domain, "schedule": cell.schedule, "seed": cell.seed, "comparison": comparison}
-        shared = {"n": found["n"], "n_clusters": found["n_clusters"]}
-        main = {k: found[k] for k in ("low", "high", "null_low", "null_high", "p")}
-        rows.append({**keys, "metric": "difference", "estimate": found["difference"], **main, "null": "sign flips", **shared})
+        least = 2 / 2 ** found["n_clusters"] if found["exact"] else 1 / 5001
+        shared = {"n": found["n"], "n_clusters": found["n_clusters"], "role": role, "family": role if role == "control" else comparison}
+        tests = {k: found[k] for k in ("low", "high", "null_low", "null_high", "p")} | {"null": "sign flips", "p_floor": least}
+        rows.append({**keys, "metric": "difference", "estimate": found["difference"], **tests, **shared})
         rows += [{**keys, "metric": m, "estimate": found[m], **shared} for m in ("cohen_dz", "rank_biserial")]
     hypothesis = "changes are symmetric about 0: signs flipped for whole categories together, all flips enumerated where few; two-sided"
-    return stats.result(
-        rows, ["domain", "schedule", "seed", "comparison"], what="change of the margin, nats/token, paired over questions", correction="bh",
-        family=["comparison", "metric"], seed=seed, null={"sign flips": hypothesis}, interval="95%, bootstrap over whole categories",
+    out = stats.result(
+        rows, ["domain", "schedule", "seed", "comparison"], what="change of the margin, nats/token, paired over questions, given these runs",
+        correction="holm", family=["family", "role", "metric"], seed=seed, null={"sign flips": hypothesis},
+        interval="95%, bootstrap over whole categories, given these runs",
     )  # fmt: skip
+    out.attrs["family"] = "the domains of one comparison; runs with another seed or schedule, and the controls, are families of their own"
+    return out
+
+
+def _first_of_each(grid: Sequence[Cell]) -> set[str]:
+    """The label of one run per domain and content: linear before other schedules, the lowest seed first (as the page chooses)."""
+    order = sorted(grid, key=lambda cell: (cell.schedule != "linear", cell.seed))
+    return set({(cell.domain, cell.content): cell.label for cell in reversed(order)}.values())
 
 
 # ---- inside: geometry of the shifts
@@ -144,7 +162,7 @@ def overlap_table(before: Activations, before_training: Mapping[str, Activations
             parts.append(halves.assign(comparison=name, domain=domain))
     return _stack(
         parts, ["domain", "layer", "comparison"], ["comparison"], like=main, what=f"overlap (mean cos²) of the first {k} principal components"
-    )
+    ).assign(p_floor=1 / (n_draws + 1))
 
 
 def similarity_table(questions: Shifts, training: Shifts, n_draws: int, seed: int) -> pd.DataFrame:
@@ -154,7 +172,24 @@ def similarity_table(questions: Shifts, training: Shifts, n_draws: int, seed: in
         parts.append(main.assign(run=run, comparison="training v questions"))
         for name, acts in (("questions v questions", shift), ("training v training", training[run])):
             parts.append(split_half_similarity(acts, n_draws=n_draws, seed=seed).assign(run=run, comparison=name))
-    return _stack(parts, ["run", "layer", "comparison"], ["comparison"], like=main, what="mean cosine of shifts with the mean training shift")
+    what = "mean cosine of shifts with the mean training shift"
+    return _stack(parts, ["run", "layer", "comparison"], ["comparison"], like=main, what=what).assign(p_floor=2 / (n_draws + 1))
+
+
+def similarity_contrast_table(questions: Shifts, training: Shifts, grid: Sequence[Cell], seed: int) -> pd.DataFrame:
+    """Of every two runs that differ in one thing only: how much more a question shifts as its own run's training prompts do."""
+    parts = []
+    for cell in grid:
+        for other in grid:
+            kind = pair_kind(cell, other) if cell is not other else ""
+            if kind:
+                own, one = training[cell.label], training[other.label]
+                found = similarity_contrast(own, one, questions[cell.label], clusters="category", seed=seed)
+                parts.append(found.assign(run=cell.label, other=other.label, kind=kind))
+    if not parts:
+        return pd.DataFrame(columns=["run", "other", "kind", "layer", "metric", "estimate", "low", "high", "n", "n_clusters"])
+    what = "mean cosine of shifts with the mean training shift of their own and of another tuning"
+    return _stack(parts, ["run", "other", "kind", "layer"], ["metric"], like=found, what=what)
 
 
 def overlap_similarity_table(
@@ -174,29 +209,30 @@ def overlap_similarity_table(
             n_permutations=n, seed=seed,
         )  # fmt: skip
         parts.append(found.assign(run=cell.label))
-    what = "correlation over questions of overlap with shift similarity, within a run; prompts permuted inside their category"
-    return _stack(parts, ["run", "layer"], ["metric"], like=found, what=what)
+    what = "correlation over all questions of overlap with shift similarity, within a run; its p permutes prompts inside their category"
+    return _stack(parts, ["run", "layer"], ["metric"], like=found, what=what).assign(p_floor=2 / (n + 1))
 
 
 def agreement_tables(questions: Shifts, grid: Sequence[Cell], seed: int) -> dict[str, pd.DataFrame]:
-    """Do two tunings shift a question the same way? Every pair of runs, and the pairs that differ in one thing only, by what that is.
+    """Do two tunings shift a question the same way? Every pair of runs, and the pairs that differ in one thing only, by what that is
+    and in which domain.
 
     Two seeds of one tuning give the noise floor of a shift. Descriptions; intervals over whole categories of questions, given the runs.
     """
-    kinds: dict[str, list[tuple[Activations, Activations]]] = {kind: [] for kind in PAIR_KINDS.values()}
+    kinds: dict[tuple[str, str], list[tuple[Activations, Activations]]] = {}
     pairs, by_kind = [], []
     for i, a in enumerate(grid):
         for b in grid[i + 1 :]:
             kind, shifts = pair_kind(a, b), (questions[a.label], questions[b.label])
             if kind:
-                kinds.setdefault(kind, []).append(shifts)
+                kinds.setdefault((kind, " and ".join(dict.fromkeys([a.domain, b.domain]))), []).append(shifts)
             found = shift_agreement([shifts], clusters="category", seed=seed)
             pairs.append(found.assign(run_a=a.label, run_b=b.label, kind=kind or "several things differ"))
-    for kind, together in kinds.items():
-        if together:
-            by_kind.append(shift_agreement(together, clusters="category", seed=seed).assign(kind=kind))
-    ends = ["layer", "metric", "estimate", "low", "high", "n"]
-    columns = {"shift_agreement": (by_kind, ["kind", *ends, "pairs"]), "shift_pairs": (pairs, ["run_a", "run_b", "kind", *ends])}
+    order = list(PAIR_KINDS.values())
+    for kind, domain in sorted(kinds, key=lambda named: order.index(named[0]) if named[0] in order else len(order)):
+        by_kind.append(shift_agreement(kinds[kind, domain], clusters="category", seed=seed).assign(kind=kind, domain=domain))
+    ends = ["layer", "metric", "estimate", "low", "high", "n", "n_clusters"]
+    columns = {"shift_agreement": (by_kind, ["kind", "domain", *ends, "pairs"]), "shift_pairs": (pairs, ["run_a", "run_b", "kind", *ends])}
     return {name: pd.concat(parts, ignore_index=True)[keep] if parts else pd.DataFrame(columns=keep) for name, (parts, keep) in columns.items()}
 
 
@@ -206,30 +242,84 @@ def agreement_tables(questions: Shifts, grid: Sequence[Cell], seed: int) -> dict
 def prediction_table(
     before: Activations, margins: pd.DataFrame, pairs: Sequence[tuple[Cell, Cell]], baselines: Sequence[str], n_permutations: int, seed: int
 ) -> pd.DataFrame:
-    """The margin after a bad tuning, and its change, from activations before it; whole categories held out; rivals in the same folds."""
+    """The margin after a bad tuning, and its change, from activations before it; whole categories held out; rivals in the same folds.
+
+    Positive control: the same call and folds ask for the margin *before* (run "before"), which activations before tuning give rise to.
+    A design that cannot read it says nothing of what comes after. ``delta_r2`` sets activations beside the margin before, its square and
+    its rank: a target that bends with the margin would else look as if activations added to it.
+    """
     parts = []
     known = _of(margins, BEFORE).set_index("id")["margin"].rename("margin before")
+    shared: dict[str, Any] = {"groups": "category", "n_permutations": n_permutations, "seed": seed}
     for bad, _ in pairs:
         after = _of(margins, bad.label).set_index("id")["margin"].rename("margin after")
         facts = pd.concat([known, after, (after - known).rename("change of margin")], axis=1).reset_index()
         acts = before.with_facts(facts)
+        if not parts:
+            others = tuple(name for name in baselines if name != "margin before")
+            control = predict(acts, "margin before", baselines=others, metrics=("r2", "within_spearman"), **shared)
+            parts.append(control.assign(run=BEFORE, target="margin before"))
         for target in ("margin after", "change of margin"):
-            found = predict(
-                acts, target, groups="category", baselines=tuple(baselines), metrics=("r2", "within_spearman", "delta_r2"), beyond="margin before",
-                n_permutations=n_permutations, seed=seed,
-            )  # fmt: skip
-            found["features"] = found["features"].where(found["layer"] < 0, "activations")
+            metrics = ("r2", "within_spearman", "delta_r2")
+            found = predict(acts, target, baselines=tuple(baselines), metrics=metrics, beyond=margin_before_bent, **shared)
             parts.append(found.assign(run=bad.label, target=target))
+    for part in parts:
+        part["features"] = part["features"].where(part["layer"] < 0, "activations")
+        part["p_floor"] = 1 / (n_permutations + 1)
     what = "out-of-fold prediction from activations before tuning (ridge, whole categories held out)"
-    return _stack(parts, ["run", "target", "features", "layer"], None, like=found, what=what)
+    settings = [1, *[2 * len(pairs)] * (2 * len(pairs))]
+    return _stack(parts, ["run", "target", "features", "layer"], None, like=found, what=what, settings=settings)
 
 
-def direction_table(after: Mapping[str, Activations], pairs: Sequence[tuple[Cell, Cell]], n_permutations: int, seed: int) -> pd.DataFrame:
-    parts = []
+def margin_before_bent(facts: pd.DataFrame) -> pd.DataFrame:
+    """The margin before, its square about the mean and its rank."""
+    margin = facts["margin before"]
+    return pd.DataFrame({"margin": margin, "square": (margin - margin.mean()) ** 2, "rank": margin.rank()})
+
+
+def direction_table(
+    after: Mapping[str, Activations], grid: Sequence[Cell], pairs: Sequence[tuple[Cell, Cell]], n_permutations: int, seed: int
+) -> pd.DataFrame:
+    """Held-out separation by mean-difference directions, halves of whole categories. ``comparison`` says of what:
+
+    "bad v sound" in each domain; "across": the direction of one domain on the two runs of the other, and the cosine of both
+    directions; "another seed", "another schedule": controls, two runs on the same rows; "across, control": the direction of one domain on
+    two runs on the same rows of another (chance may fall on either side of 0.5). Each of these is corrected by itself.
+    """
+    shared: dict[str, Any] = {"groups": "category", "n_permutations": n_permutations, "seed": seed}
+    parts, kinds = [], []
     for bad, sound in pairs:
-        found = held_out_separation(after[bad.label], after[sound.label], n_permutations=n_permutations, seed=seed)
-        parts.append(found.assign(domain=bad.domain))
-    return _stack(parts, ["domain", "layer"], None, like=found, what="held-out separation of bad and sound tuning by the mean-difference direction")
+        found = held_out_separation(after[bad.label], after[sound.label], **shared)
+        parts.append(found.assign(domain=bad.domain, comparison="bad v sound"))
+        kinds.append("main")
+    cosines = []
+    for bad, sound in pairs:
+        for other, other_sound in pairs:
+            if other is not bad:
+                sides = [after[cell.label] for cell in (bad, sound, other, other_sound)]
+                across = transferred_separation(*sides, **shared)
+                named = {"domain": f"{bad.domain} → {other.domain}", "comparison": "across"}
+                parts.append(across.assign(**named))
+                kinds.append("across")
+                one, two = mean_difference(sides[0], sides[1]), mean_difference(sides[2], sides[3])
+                alike = (one.vectors.astype(float) * two.vectors).sum(axis=1)
+                cosines.append(pd.DataFrame({**named, "layer": one.layers, "metric": "cosine of directions", "estimate": alike, "n": len(sides[0])}))
+    for first, second, kind in same_content(list(grid)):
+        control = held_out_separation(after[second.label], after[first.label], **shared)
+        named = f"{second.label} v {first.label}"
+        parts.append(control.assign(domain=named, comparison=kind))
+        kinds.append("control")
+        for bad, sound in pairs:
+            if bad.domain != first.domain:
+                sides = [after[cell.label] for cell in (bad, sound, second, first)]
+                parts.append(transferred_separation(*sides, **shared).assign(domain=f"{bad.domain} → {named}", comparison="across, control"))
+                kinds.append("across, control")
+    for part in parts:
+        alike = 1 if part["comparison"].iloc[0].startswith("across") else 2  # refitted on swapped labels, all swapped score as none
+        part["p_floor"] = max(1 / (n_permutations + 1), alike / 2 ** int(part["n_clusters"].max()))
+    what = "held-out separation of two tunings by a mean-difference direction, given these runs"
+    settings = [kinds.count(kind) for kind in kinds]
+    return _stack([*parts, *cosines], ["domain", "comparison", "layer"], None, like=found, what=what, settings=[*settings, *[1] * len(cosines)])
 
 
 def projections_table(
@@ -238,25 +328,28 @@ def projections_table(
     pairs: Sequence[tuple[Cell, Cell]],
     directions: Mapping[str, Direction],
     layers: Sequence[int],
+    ids: pd.Series,
 ) -> pd.DataFrame:
-    """Projection of the held-out questions onto each domain's direction, before and after: a description."""
+    """Projection of the questions that no direction was fitted on (``ids``) onto each domain's direction, before and after: a description."""
     parts = []
     for bad, sound in pairs:
         for variant, acts in ((BEFORE, before), (bad.label, after[bad.label]), (sound.label, after[sound.label])):
-            long = project(acts.select(layers=layers), directions[bad.domain]).rename_axis(index="id", columns="layer").stack().rename("projection")
-            table = long.reset_index().merge(acts.facts[["id", "category"]], on="id")
+            wide = project(acts.select(layers=layers, ids=ids), directions[bad.domain]).rename_axis(index="id", columns="layer")
+            table = wide.stack().rename("projection").reset_index().merge(acts.facts[["id", "category"]], on="id")
             parts.append(table.assign(domain=bad.domain, variant=variant))
     return pd.concat(parts, ignore_index=True)[["domain", "variant", "layer", "id", "category", "projection"]]
 
 
-def dose_tables(steered: Mapping[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
+def dose_tables(steered: Mapping[str, pd.DataFrame], seed: int, drawn: str) -> dict[str, pd.DataFrame]:
     """Dose by dose, one slope a domain and layer (the pre-stated test), and the random directions one by one."""
-    doses = {domain: summarise(table, seed=seed) for domain, table in steered.items()}
-    tests = {domain: slopes(table, seed=seed) for domain, table in steered.items()}
+    doses = {domain: summarise(table, seed=seed, drawn=drawn) for domain, table in steered.items()}
+    tests = {domain: slopes(table, seed=seed, drawn=drawn) for domain, table in steered.items()}
     first = next(iter(steered))
+    role = {domain: "control" if domain.startswith(PAIR_KINDS["seed"]) else "main" for domain in steered}
+    named = [[t.assign(domain=d, role=role[d]) for d, t in tables.items()] for tables in (doses, tests)]
     return {
-        "dose": _stack([t.assign(domain=d) for d, t in doses.items()], ["domain", "layer", "strength"], ["metric"], like=doses[first]),
-        "dose_slope": _stack([t.assign(domain=d) for d, t in tests.items()], ["domain", "layer"], ["metric"], like=tests[first]),
+        "dose": _stack(named[0], ["domain", "layer", "strength"], ["metric", "role"], like=doses[first]),
+        "dose_slope": _stack(named[1], ["domain", "layer"], ["metric", "role"], like=tests[first]),
         "dose_random": random_means(steered[first]),
     }
 
@@ -269,14 +362,29 @@ def _of(margins: pd.DataFrame, variant: str) -> pd.DataFrame:
     return margins[margins["variant"] == variant].reset_index(drop=True)
 
 
-def _stack(parts: Sequence[pd.DataFrame], keys: list[str], family: list[str] | None, *, like: pd.DataFrame, what: str | None = None) -> pd.DataFrame:
-    """Results of several settings as one; corrected anew within ``family`` over all of them, or (None) as each was corrected by itself."""
+def _stack(
+    parts: Sequence[pd.DataFrame],
+    keys: list[str],
+    family: list[str] | None,
+    *,
+    like: pd.DataFrame,
+    what: str | None = None,
+    settings: Sequence[int] = (),
+) -> pd.DataFrame:
+    """Results of several settings as one; corrected anew within ``family`` over all of them, or (None) as each was corrected by itself and
+    then for the number of ``settings`` that one verdict reads (Bonferroni)."""
     plain = [p.copy() for p in parts]
     for p in plain:
         p.attrs = {}
+    if family is None:
+        for p, n in zip(plain, settings, strict=True):
+            if "q" in p:
+                p["q"] = (p["q"] * n).clip(upper=1.0)
     kept = {k: v for k, v in like.attrs.items() if k not in ("what", "correction", "family")}
     correction = "bh" if family else str(like.attrs["correction"])
     out = stats.result(pd.concat(plain, ignore_index=True), keys, what=what or like.attrs["what"], correction=correction, family=family, **kept)
     if family is None:
-        out.attrs["family"] = f"each setting by itself: {like.attrs['family']}"
+        out.attrs["family"] = "the layers of one setting and metric, times the number of settings that one verdict reads"
+    else:
+        out.attrs["family"] = f"all rows with the same {' and '.join(family)}"
     return out

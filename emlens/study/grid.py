@@ -53,7 +53,12 @@ class Cell:
     @property
     def label(self) -> str:
         """``money-bad linear seed 0``: the name of the run in every table, and of its adapter."""
-        return f"{self.domain}-{self.content} {self.schedule} seed {self.seed}"
+        return f"{self.domain}-{self.content} {self.variation}"
+
+    @property
+    def variation(self) -> str:
+        """``linear seed 0``: what tells runs on the same rows apart."""
+        return f"{self.schedule} seed {self.seed}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -133,6 +138,12 @@ def pair_kind(a: Cell, b: Cell) -> str:
         differ.add("data")
     only = differ.pop() if len(differ) == 1 else ""
     return PAIR_KINDS.get(only, f"another {only.replace('_', ' ')}" if only else "")
+
+
+def same_content(grid: list[Cell]) -> list[tuple[Cell, Cell, str]]:
+    """Pairs of runs on the same rows that differ in their seed or schedule alone."""
+    found = [(a, b, pair_kind(a, b)) for i, a in enumerate(grid) for b in grid[i + 1 :]]
+    return [(a, b, kind) for a, b, kind in found if kind in (PAIR_KINDS["seed"], PAIR_KINDS["schedule"])]
 
 
 def questions_of(config: Mapping[str, Any]) -> pd.DataFrame:

@@ -16,10 +16,11 @@ from ..models import HookedModel, load_model
 from ..prompts import fingerprint
 from ..steering import steered_margins
 from ..tuning import LAYOUT, Run, finetune, planned
-from .grid import Cell, cells, evenly, halves, questions_of, training_of, twins
+from .grid import PAIR_KINDS, Cell, cells, evenly, halves, questions_of, same_content, training_of, twins
 from .pieces import Pieces
 
 BEFORE = "before"
+DRAWN = "drawn from the covariance of the untuned model's activations on the questions"
 
 
 class Bench:
@@ -201,8 +202,20 @@ class Bench:
             for bad, sound in self.steered_pairs
         }
 
-    def steer(self, directions: Mapping[str, Direction]) -> dict[str, pd.DataFrame]:
-        """Per domain: margins of held-out questions on the untuned model under the direction and under random directions (shared by the domains)."""
+    def control_directions(self, questions: Mapping[str, Activations]) -> dict[str, Direction]:
+        """The same between two seeds of one set, a direction without content: of the first such pair; none where no two runs are one."""
+        fit, _ = halves(self.questions)
+        for one, two, kind in same_content(self.grid):
+            if kind == PAIR_KINDS["seed"]:
+                sides = [questions[cell.label].select(ids=fit["id"]) for cell in (two, one)]
+                return {f"{kind} ({one.domain}-{one.content})": mean_difference(*sides, name=f"{one.domain}: two seeds")}
+        return {}
+
+    def steer(self, directions: Mapping[str, Direction], controls: Mapping[str, Direction], before: Activations) -> dict[str, pd.DataFrame]:
+        """Per domain: margins of held-out questions on the untuned model under the direction and under random directions (shared by the domains).
+
+        Random directions are drawn from the covariance of ``before``; ``controls`` are steered along and get an entry each.
+        """
         ask, precision = self.config["steer"], self.config["score"].get("precision")
         _, test = halves(self.questions)
         subset = evenly(test, ask["questions"])
@@ -211,7 +224,7 @@ class Bench:
         own: dict[str, list[pd.DataFrame]] = {domain: [] for domain in directions}
         arms = dict(directions)
         like = next(iter(directions.values()))
-        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], self.config["seed"]))}
+        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], self.config["seed"], before))} | dict(controls)
 
         def piece(label: str, arm: Mapping[str, Direction], said: Any, layer: int, strength: float) -> pd.DataFrame:
             determined = {**shared, "direction": said, "layer": layer, "strength": strength}
@@ -224,12 +237,18 @@ class Bench:
 
         for layer in ask["layers"]:
             for strength in ask["strengths"]:
-                said = {"random": ask["controls"], "seed": self.config["seed"]}
+                said = {name: store.digest_text(d.layer(layer).tobytes().hex()) for name, d in draws.items()}
                 random.append(piece("random", draws, said, layer, strength))
                 for domain, direction in arms.items():
                     digest = store.digest_text(direction.layer(layer).tobytes().hex())
                     own[domain].append(piece(domain, {"direction": direction}, digest, layer, strength))
-        return {domain: pd.concat([*tables, *random], ignore_index=True) for domain, tables in own.items()}
+        drawn = pd.concat(random, ignore_index=True)
+        plain = drawn[~drawn["direction"].isin(list(controls))]
+        found = {domain: pd.concat([*tables, plain], ignore_index=True) for domain, tables in own.items()}
+        for name in controls:
+            along = drawn[drawn["direction"] == name].assign(direction="direction")
+            found[name] = pd.concat([along, plain], ignore_index=True)
+        return found
 
 
 def analysis_weights(config: Mapping[str, Any], runs: int, pairs: int) -> dict[str, float]:
