@@ -103,11 +103,11 @@ def score_responses(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.d
 def score_whole(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.device) -> Float[np.ndarray, " prompt"]:
     """As :func:`score_responses`, each prompt with its response in one pass and no cache."""
     ids, mask = padded([t.ids for t in tokens], pad, device)
-    logits = hf(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
-    at = torch.arange(1, ids.shape[1], device=device)
     starts = torch.tensor([t.n_prompt for t in tokens], device=device)
-    return -(losses.double() * (mask[:, 1:] * (at >= starts[:, None]))).sum(dim=1).cpu().numpy()
+    at = torch.arange(int(starts.min()), ids.shape[1], device=device)  # the tokens whose probability is wanted in some row
+    logits = hf(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=at - 1).logits.float()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, at].flatten(), reduction="none").view(len(tokens), -1)
+    return -(losses.double() * (mask[:, at] * (at >= starts[:, None]))).sum(dim=1).cpu().numpy()
 
 
 def autocast(device: torch.device, precision: str | None) -> Any:

@@ -219,6 +219,7 @@ class HookedModel(Recording, Scoring):
         target: On = None,
         layers: int | Iterable[int] | str = "all",
         site: str = "resid_post",
+        position: Position = "all",
         metric: "str | patching.Metric" = "margin",
     ) -> pd.DataFrame:
         """What each layer and prompt token carries of the difference between two variants: one patched pass for each.
@@ -226,6 +227,7 @@ class HookedModel(Recording, Scoring):
         Args:
             prompts: for ``metric="margin"`` with contrast answers (:meth:`margin`).
             adapter: the source, whose stream at one layer and token is put into the run of ``target``.
+            position: whose tokens of the prompt are mapped.
             metric: ``"margin"``, or a function from the logits of the next token ``[row, vocab]`` to a number a row.
 
         Returns:
@@ -233,7 +235,7 @@ class HookedModel(Recording, Scoring):
             target (1: this place carries all of it; shares do not add up). A description. Both plain values are in
             ``attrs["values"]``. ``em.plots.matrix(table, x="label", y="layer", value="recovered")`` draws one prompt.
         """
-        return patching.patch_map(self, prompts, adapter, target, layers, site, metric)
+        return patching.patch_map(self, prompts, adapter, target, layers, site, position, metric)
 
     # ---- looking
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ._core import Core, as_table
 from ._engines import Edit, HooksEngine, decoder_of
@@ -23,7 +23,7 @@ from ._engines.twin import twin
 from ._passes import TOKEN_BUDGET, bar, padded
 from .activations import SINGLE_LAYER_SITES, Place
 from .adapters import On, label, parts_of, switched
-from .positions import Position, Tokens, pieces, position_name, token_set, tokenize
+from .positions import Position, Tokens, pieces, position_name, token_rows, token_set, tokenize
 from .showing import visible
 
 FED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
@@ -127,6 +127,7 @@ def patched(model: Core, adapter: On, layers: int | Iterable[int] | str, site: s
     position = "mean_response" if isinstance(position, str) and position == "response" else position
     chosen = (0,) if site in SINGLE_LAYER_SITES and layers == "all" else tuple(model.layer_list(layers))
     place = Place(site, chosen, position_name(position))
+    _check_here(model)
     _ = model.engine.sites  # measures now what is measured once: no probing pass meets the patch
     name, part = parts_of(adapter)
     said = {
@@ -146,6 +147,11 @@ def patched(model: Core, adapter: On, layers: int | Iterable[int] | str, site: s
         if patch.n_passes and not patch.n_tokens:
             text = f"{patch.n_passes} passes ran under a patch at {place.position!r}, and none held such a token: nothing was patched"
             warnings.warn(text, PatchedNothingWarning, stacklevel=4)
+
+
+def _check_here(model: Core) -> None:
+    if not isinstance(model.engine.hf, PreTrainedModel):
+        raise ValueError(f"{model.name} runs elsewhere; a patch runs a second variant beside it, and needs the weights here: load it without remote=")
 
 
 def bare_engine(model: Any) -> HooksEngine:
@@ -197,24 +203,26 @@ def _whole_sequences(model: Any, patch: Patch) -> Iterator[None]:
 
 
 def patch_map(
-    model: Core,
+    model: Any,
     prompts: Any,
     adapter: On,
     target: On = None,
     layers: int | Iterable[int] | str = "all",
     site: str = "resid_post",
+    position: Position = "all",
     metric: str | Metric = "margin",
-    budget: int = TOKEN_BUDGET,
+    budget: int = TOKEN_BUDGET // 2,
 ) -> pd.DataFrame:
-    """:meth:`emlens.models.HookedModel.patch_map`."""
-    if not model.caching:
+    """:meth:`emlens.models.HookedModel.patch_map`; ``budget``: tokens in one pass."""
+    _check_here(model)
+    if model._listening:
         raise ValueError("a patch is open on the model, and the map opens one for every cell; close it first")
     for variant in (adapter, target):
         model.adapters.check(variant, model.n_layers)
     table, place = as_table(prompts), model.place(site, model.layer_list(layers), "all")
-    cells = [_Cells(model, row, place, metric, budget) for row in table.to_dict("records")]
+    cells = [_Cells(model, row, place, position, metric, budget) for row in table.to_dict("records")]
     frames, values = [], {}
-    with bar(f"patch {label(adapter)} into {label(target)}", "cell", total=sum(cell.n_prompt for cell in cells) * len(place.layers)) as shown:
+    with bar(f"patch {label(adapter)} into {label(target)}", "cell", total=sum(len(cell.at) for cell in cells) * len(place.layers)) as shown:
         for cell in cells:
             with model.using(adapter):
                 streams, source = cell.streams(), cell.plain()
@@ -234,7 +242,7 @@ def patch_map(
 class _Cells:
     """One prompt, its tokens × layers, and the number that is read off each patched pass."""
 
-    def __init__(self, model: Core, row: Mapping[str, Any], place: Place, metric: str | Metric, budget: int) -> None:
+    def __init__(self, model: Core, row: Mapping[str, Any], place: Place, position: Position, metric: str | Metric, budget: int) -> None:
         self.model, self.place, self.metric, self.identity = model, place, metric, str(row["id"])
         self.metric_name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
         texts, self.weights = _contrast(row, metric) if isinstance(metric, str) else ([""], [1.0])
@@ -242,6 +250,7 @@ class _Cells:
         for tokens in coded:
             model._check_length(tokens, self.identity)
         self.prompt, self.n_prompt = coded[0], coded[0].n_prompt
+        self.at = token_rows(self.prompt, position, self.identity)
         self.answers = [tokens.ids[self.n_prompt :] for tokens in coded]
         self.width = max(1, budget // max(self.n_prompt, sum(len(answer) for answer in self.answers)))
 
@@ -255,10 +264,10 @@ class _Cells:
         return float(self._numbers(1, {})[0])
 
     def effects(self, layer: int, stream: Float[Tensor, "position d_model"], shown: Any) -> Float[np.ndarray, " position"]:
-        """The number with one token patched, for each token of the prompt."""
+        """The number with one token patched, for each of the tokens."""
         found = []
-        for start in range(0, self.n_prompt, self.width):
-            at = torch.arange(start, min(start + self.width, self.n_prompt))
+        for start in range(0, len(self.at), self.width):
+            at = torch.tensor(self.at[start : start + self.width])
             found.append(self._numbers(len(at), {(self.place.site, layer): _one_token_each(at, stream)}))
             shown.update(len(at))
         return np.concatenate(found)
@@ -292,8 +301,8 @@ class _Cells:
         return (-(losses.double() * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
 
     def frame(self, effect: Float[np.ndarray, "layer position"], total: float) -> pd.DataFrame:
-        words = [visible(text) for text in pieces(self.prompt, self.model.tokenizer)[: self.n_prompt]]
-        layer, token = (grid.ravel() for grid in np.meshgrid(self.place.layers, np.arange(self.n_prompt), indexing="ij"))
+        words = [visible(text) for text in pieces(self.prompt, self.model.tokenizer)]
+        layer, token = (grid.ravel() for grid in np.meshgrid(self.place.layers, self.at, indexing="ij"))
         return pd.DataFrame(
             {
                 "id": self.identity,

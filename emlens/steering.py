@@ -141,10 +141,10 @@ def summarise(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: 
 
     ``drawn`` says where the random directions come from, for the words beside the numbers.
     """
-    drawn = random_means(margins)
+    means = random_means(margins)
     rows: list[dict[str, Any]] = []
     for (layer, strength), own in margins[margins["direction"] == "direction"].groupby(["layer", "strength"]):
-        null = drawn[(drawn["layer"] == layer) & (drawn["strength"] == strength)]["margin_change"].to_numpy()
+        null = means[(means["layer"] == layer) & (means["strength"] == strength)]["margin_change"].to_numpy()
         low, high = stats.bootstrap_interval(own["change"].to_numpy(), clusters=_categories(own), level=level, seed=seed)
         row = {"layer": layer, "strength": strength, "metric": "margin", "estimate": own["change"].mean(), "low": low, "high": high, "n": len(own)}
         row["n_clusters"] = _n_categories(own)

@@ -114,7 +114,7 @@ class _Maker:
         margins = self.margins()
         of_margins = {"runs": self.runs, "margin_summary": self.margin_summary, "margin_change": self.margin_change}
         alone = ("training", "checkpoints", "answers", "shift_norms", "shift_agreement", "overlap", "similarity", "similarity_contrast")
-        alone += ("overlap_similarity", "prediction", "direction", "projections", "dose", "dose_slope", "dose_random", "pieces")
+        alone += ("overlap_similarity", "prediction", "direction", "projections", "dose", "dose_slope", "dose_random", "certificate", "pieces")
         made = {name: make(margins) for name, make in of_margins.items()}
         return {"margins": margins, **made, **{name: getattr(self, name)() for name in alone}}
 
@@ -436,6 +436,16 @@ class _Maker:
                 for strength in (0.0, 0.25, 0.5, 1.0):
                     rows.append({"layer": layer, "strength": strength, "direction": direction, "margin_change": slope * strength})
         return pd.DataFrame(rows)
+
+    def certificate(self) -> pd.DataFrame:
+        broken = "" if self.effect else "Load the model with dtype='float32'."
+        rows = [
+            ("recorded in a batch of 8 = one by one", True, 6e-7, "≤", 1e-4, "of the vector's norm", ""),
+            ("exactly one BOS", pd.NA, np.nan, "≤", 0.0, "BOS tokens", "does not apply: the tokenizer has no BOS"),
+            ("the shift is above the rounding noise", self.effect, 1e-6 if self.effect else 3.0, "≤", 1.0, "noise / shift, rms", broken),
+        ]
+        frame = pd.DataFrame(rows, columns=["law", "holds", "measured", "relation", "tolerance", "unit", "remedy"])
+        return frame.assign(adapter=label(RUNS[0]), holds=frame["holds"].astype("boolean"))
 
     def pieces(self) -> pd.DataFrame:
         rows = [

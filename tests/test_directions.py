@@ -79,6 +79,28 @@ def test_random_directions_are_unit_of_the_same_norms_and_a_prefix_of_more():
         directions.random_directions(like, 0, seed=1)
 
 
+def test_random_directions_like_activations_have_their_covariance():
+    """Uniform directions are a lenient control: along them activations hardly vary. Those drawn from the covariance follow it."""
+    spread = np.array([8.0, 4, 1, 1, 1, 1, 1, 1])
+    rows = np.random.default_rng(0).standard_normal((400, 2, 8)) * spread + 30
+    like, prompts = Direction.from_array(np.eye(8)[:2], (2, 5)), acts(rows, layers=(2, 5))
+    drawn, uniform = (directions.random_directions(like, 300, seed=1, acts=given) for given in (prompts, None))
+    vectors, plain = (np.stack([d.vectors for d in each]) for each in (drawn, uniform))
+    assert np.allclose(np.linalg.norm(vectors, axis=2), 1, atol=1e-6) and np.array_equal(drawn[0].norms, like.norms)
+    energy = (vectors**2).mean(axis=(0, 1))
+    oracle = np.random.default_rng(2).standard_normal((20000, 8)) * spread
+    oracle = ((oracle / np.linalg.norm(oracle, axis=1, keepdims=True)) ** 2).mean(axis=0)
+    assert np.allclose(energy, oracle, atol=0.03) and np.allclose((plain**2).mean(axis=(0, 1)), 1 / 8, atol=0.03)
+    assert abs((vectors[:, 0] * vectors[:, 1]).sum(axis=1).mean()) < 0.15, "layers are drawn apart; the mean (30) is no direction"
+    few = directions.random_directions(like, 2, seed=1, acts=prompts)
+    assert all(np.array_equal(x.vectors, y.vectors) for x, y in zip(few, drawn, strict=False))
+    assert "covariance" in drawn[0].meta["method"] and uniform[0].meta["method"] == "random"
+    with pytest.raises(ValueError, match=r"lack layers \[5\]"):
+        directions.random_directions(like, 2, seed=1, acts=prompts.select(layers=[2]))
+    with pytest.raises(ValueError, match="do not vary"):
+        directions.random_directions(like, 2, seed=1, acts=acts(np.ones((3, 2, 8)), layers=(2, 5)))
+
+
 # ---- projecting
 
 

@@ -81,7 +81,7 @@ MODEL_ROOMS = {"loading", "adapters", "models", "tuning", "_core", "_engines", "
 
 DOORS: dict[str, set[str]] = {
     "torch": {*MODEL_ROOMS, "formats", "laws", "patching", "study"},
-    "transformers": MODEL_ROOMS,
+    "transformers": {*MODEL_ROOMS, "patching"},
     "peft": {"adapters", "tuning", "_training", "_engines", "laws"},
     "transformer_lens": {"_engines"},
     "nnsight": {"_engines"},

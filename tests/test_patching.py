@@ -110,20 +110,21 @@ def test_the_last_stream_decides_the_logits(family: str, two: pd.DataFrame) -> N
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize("sites", [("attn_out", "mlp_out"), ("mlp_out",)])
-def test_all_that_is_added_is_the_whole_stream(family: str, sites: tuple[str, ...], two: pd.DataFrame) -> None:
+def test_all_that_is_added_is_the_whole_stream(family: str, two: pd.DataFrame) -> None:
     model = tuned(family)
     want = streams(model, two, "bad")
-    with model.patch("bad", site=sites[0]), model.patch("bad", site=sites[-1]):
-        got = streams(model, two)
-    assert np.allclose(got, want, atol=1e-5 * np.abs(want).max()) == (sites == ("attn_out", "mlp_out"))
+    with model.patch("bad", site="mlp_out"):
+        half = streams(model, two)
+        with model.patch("bad", site="attn_out"):
+            whole = streams(model, two)
+    assert np.allclose(whole, want, atol=1e-5 * np.abs(want).max()) and not np.allclose(half, want, atol=1e-2 * np.abs(want).max())
 
 
 @EVERY_FAMILY
 def test_a_variant_into_itself_changes_nothing(family: str, two: pd.DataFrame) -> None:
     model = tuned(family)
     plain = logits(model, two, "bad")
-    for site in ("resid_pre", "resid_post", "attn_out", "mlp_out"):
+    for site in ("resid_post", "attn_out", "mlp_out"):
         with model.patch("bad", [0, 2], site, position="mean"):
             assert torch.equal(logits(model, two, "bad"), plain), site
             assert not torch.equal(logits(model, two), plain)
@@ -407,6 +408,15 @@ def test_what_cannot_be_patched_is_refused(model: HookedModel, chats: pd.DataFra
     assert model.caching and not model.edits
 
 
+def test_a_model_that_runs_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned.__wrapped__()
+    monkeypatch.setattr(model.engine, "hf", torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="tiny-llama runs elsewhere.*load it without remote="), model.patch("bad", 1):
+        pass
+    with pytest.raises(ValueError, match="tiny-llama runs elsewhere"):
+        model.patch_map(["Why?"], "bad", metric=first_word)
+
+
 def test_a_position_that_never_came_is_said(model: HookedModel, chats: pd.DataFrame) -> None:
     with pytest.warns(PatchedNothingWarning, match="passes ran under a patch at 'mean_response'"), model.patch("bad", 1, position="response"):
         model.record(chats)
@@ -454,6 +464,15 @@ def test_the_last_token_of_the_last_layer_carries_the_next_word(model: HookedMod
 def test_a_map_inside_a_patch_is_refused(model: HookedModel, asked: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="a patch is open on the model"), model.patch("bad", 1):
         model.patch_map(asked, "bad")
+
+
+@pytest.mark.parametrize("position", ["last", "mean", (0, 5), -3])
+def test_some_tokens_of_the_map(model: HookedModel, asked: pd.DataFrame, position: Any) -> None:
+    whole, some = (model.patch_map(asked, "bad", layers=[1, 2], position=p, metric=first_word) for p in ("all", position))
+    coded = model._tokens(asked, response=False)
+    keep = [k in token_rows(coded[int(i[-1])], position) for i, k in zip(whole["id"], whole["token_index"], strict=True)]
+    pd.testing.assert_frame_equal(some, whole[keep].reset_index(drop=True), rtol=1e-3, atol=1e-5)
+    assert 0 < len(some) < len(whole)
 
 
 def test_nothing_to_recover(model: HookedModel, asked: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from emlens.report.figures import LeftOut, Section, sections
 from emlens.report.findings import findings
 from emlens.report.folder import COLUMNS, read
 from emlens.report.page import data_block, render
-from emlens.report.words import corrected, number
+from emlens.report.words import corrected, number, q_said
 
 
 class Page(HTMLParser):
@@ -111,7 +111,7 @@ def test_every_tested_finding_has_estimate_interval_n_and_corrected_p(effect, no
             if finding.topic in ("Did the tuning train?", "Schedule and seed", "Noise floor of a shift"):
                 assert "no test made" in evidence
             else:
-                assert re.search(r"q (=|<) \.\d+", evidence), finding
+                assert re.search(r"q (=|<|≤) \.\d+", evidence), finding
 
 
 def test_numbers_in_words_are_the_tables(effect):
@@ -160,11 +160,13 @@ def test_the_noise_floor_is_said_and_the_twin_beside_it(effect, nothing):
     there, gone = (by_topic(read(folder))["Noise floor of a shift"] for folder in (effect, nothing))
     assert there.verdict == gone.verdict == "description"
     table = read(effect).tables["shift_agreement"]
+    table = table[table["domain"] == "money"]
     floor, twin = (number(table.loc[table["kind"] == kind, "estimate"].median()) for kind in ("another seed", "bad against sound"))
-    assert f"up to a cosine of {floor}, the noise floor" in there.claim
+    assert f"up to a cosine of {floor} (money), the noise floor" in there.claim
     assert f"agree less (cosine {twin}), in 12 of 12 layers" in there.claim
-    assert "in no layer do the intervals lie apart" in gone.claim and "agree less" not in gone.claim
-    assert len(there.evidence) == 5 and "(2 pairs of runs)" in there.evidence[2]
+    assert "in no layer do the intervals lie apart" in gone.claim and "agree less (" not in gone.claim and "agree less was not told" in gone.claim
+    assert "0.40" not in there.claim, "repair has no seed pair: its twins are not set beside the floor of another domain"
+    assert len(there.evidence) == 6 and "(2 pairs of runs)" in there.evidence[4]
 
     def only_below(table):
         table.loc[(table["kind"] == "bad against sound") & (table["layer"] > 2), ["low", "high"]] = [0.6, 0.95]
@@ -195,7 +197,18 @@ def test_a_rise_of_the_sound_twin_is_not_a_fall_of_the_bad_run(effect):
         return table
 
     finding = by_topic(altered(read(effect), "margin_change", still))["Bad advice against its sound twin"]
-    assert finding.verdict == "mixed" and "no fall against the untuned model in money and repair" in finding.claim
+    assert finding.verdict == "mixed" and "; no evidence that the bad run fell below the untuned model;" in finding.claim
+    assert finding.claim.startswith("The bad run ended with a lower aligned margin") and "lowered the" not in finding.claim
+
+    def risen(table):
+        table = still(table)
+        sound = (table["comparison"] == "sound minus before") & (table["metric"] == "difference")
+        table.loc[sound, ["estimate", "low", "high", "q"]] = [0.15, 0.1, 0.2, 0.01]
+        return table
+
+    because = by_topic(altered(read(effect), "margin_change", risen))["Bad advice against its sound twin"]
+    assert "the sound run rose above the untuned model, and there is no evidence that the bad run fell" in because.claim
+    assert "shows no fall" not in because.claim, "what was not seen is no result"
 
 
 def test_one_domain_of_two_is_mixed(effect):
@@ -205,6 +218,35 @@ def test_one_domain_of_two_is_mixed(effect):
 
     finding = by_topic(altered(read(effect), "margin_change", half))["Bad advice against its sound twin"]
     assert finding.verdict == "mixed" and "in repair, there is no evidence" in finding.claim
+    assert "In money, the bad run ended with a lower margin" in finding.claim and "; in money, the bad run fell" in finding.claim
+
+
+def same_rows(change):
+    """The control rows of margin_change, changed."""
+
+    def make(table):
+        control = (table["role"] == "control") & (table["metric"] == "difference")
+        return change(table, control)
+
+    return make
+
+
+def test_a_difference_within_that_of_two_runs_on_the_same_rows_is_not_found(effect):
+    there = by_topic(read(effect))["Bad advice against its sound twin"]
+    assert there.verdict == "found" and "two pairs of runs on the same rows (money) end 0.0" in there.claim
+    assert sum(line.startswith("Control, two runs on the same rows") for line in there.evidence) == 2
+
+    def wide(table, control):
+        table.loc[control, ["estimate", "low", "high"]] = [-0.11, -0.2, -0.02]
+        return table
+
+    within = by_topic(altered(read(effect), "margin_change", same_rows(wide)))["Bad advice against its sound twin"]
+    assert within.verdict == "mixed" and "in money and repair the difference is not told from what two pairs" in within.claim
+    assert "(0.110 at most)" in within.claim
+    none = by_topic(altered(read(effect), "margin_change", same_rows(lambda table, control: table[~control])))["Bad advice against its sound twin"]
+    assert none.verdict == "mixed" and "how far two runs on the same rows differ is not known" in none.claim
+    old = by_topic(altered(read(effect), "margin_change", lambda table: table.drop(columns=["role", "p_floor"])))
+    assert old["Bad advice against its sound twin"].verdict == "mixed"
 
 
 def test_a_better_baseline_takes_the_finding_away(effect):
@@ -214,16 +256,75 @@ def test_a_better_baseline_takes_the_finding_away(effect):
 
     finding = by_topic(altered(read(effect), "prediction", known))["Prediction from activations"]
     assert finding.verdict == "mixed" and "but the best baseline does so as well or better" in finding.claim
-    assert "best baseline margin before R² = 0.90" in finding.evidence[0]
+    assert "best baseline margin before R² = 0.90" in finding.evidence[1]
 
 
 def test_a_baseline_within_the_interval_is_not_beaten(effect):
     def near(table):
-        table.loc[table["features"] == "margin before", "estimate"] = 0.5
+        table.loc[table["metric"] == "delta_r2", "q"] = 0.3
         return table
 
+    there = by_topic(read(effect))["Prediction from activations"]
+    assert there.verdict == "found" and "beyond the margin before, ΔR² = 0.100" in there.evidence[1]
     finding = by_topic(altered(read(effect), "prediction", near))["Prediction from activations"]
-    assert finding.verdict == "mixed" and "not clearly beyond the best baseline" in finding.claim
+    assert finding.verdict == "mixed" and "no evidence that they do beyond the margin before" in finding.claim
+
+
+def test_beyond_the_margin_before_asks_for_the_test_of_the_gain_and_not_for_an_interval(effect):
+    def low(table):
+        table.loc[table["metric"] == "r2", "low"] = -0.5  # of the best of many layers: no test
+        return table
+
+    assert by_topic(altered(read(effect), "prediction", low))["Prediction from activations"].verdict == "found"
+
+
+def blind(table):
+    table.loc[table["target"] == "margin before", ["estimate", "q"]] = [-0.01, 0.8]
+    return table
+
+
+def test_a_design_that_cannot_read_the_margin_before_says_nothing_of_after(effect, nothing):
+    gone = by_topic(read(nothing))["Prediction from activations"]
+    assert gone.verdict == "not found" and "beyond the category" in gone.claim and gone.evidence[0].startswith("Positive control")
+    finding = by_topic(altered(read(nothing), "prediction", blind))["Prediction from activations"]
+    assert finding.verdict == "description" and "could not read even the margin before" in finding.claim
+    assert "no statement about the margin after tuning or its change" in finding.claim and "No evidence" not in finding.claim
+    missing = altered(read(nothing), "prediction", lambda table: table[table["target"] != "margin before"])
+    none = by_topic(missing)["Prediction from activations"]
+    assert none.verdict == "description" and none.claim.startswith("No positive control was made")
+    seen = by_topic(altered(read(effect), "prediction", blind))["Prediction from activations"]
+    assert seen.verdict == "found", "what was seen was seen"
+
+
+def test_a_correlation_of_the_other_sign_is_not_found(effect):
+    def turned(table):
+        table.loc[table["layer"] < 4, "q"] = 0.01
+        table.loc[table["layer"] >= 4, "q"] = 0.6
+        table[["estimate", "low", "high"]] *= -1
+        return table
+
+    finding = by_topic(altered(read(effect), "overlap_similarity", turned))["Overlap and similarity of shift"]
+    assert finding.verdict == "not found" and finding.claim.startswith("No evidence that questions nearer the training prompts shift more like them")
+    assert "the opposite is seen in 4 of 12 layers (money-bad linear seed 0) and 4 of 12 layers (repair-bad" in finding.claim
+    assert "q < .05 in 0 of 12, on the opposite side in 4; lowest at layer" in finding.evidence[0]
+
+
+def test_own_less_twin_is_an_estimate_and_infers_nothing_from_two_rejections(effect, nothing):
+    there, gone = (by_topic(read(folder))["Similarity of shifts"] for folder in (effect, nothing))
+    assert "less that with the sound twin's is 0.20 and 0.20 (medians over layers), less that with another seed's 0.02" in there.claim
+    assert "lenient null" in there.claim
+    assert "is 0.00 and 0.00" in gone.claim and "marks tuning" not in there.claim
+    own = [line for line in there.evidence if "own less other (bad against sound)" in line]
+    assert len(own) == 2 and "interval above 0 in 12 of 12 layers, below in 0" in own[0] and "in 8 categories" in own[0]
+
+    def turned(table):
+        table[["low", "high"]] = -table[["high", "low"]].to_numpy()
+        return table.assign(estimate=-table["estimate"])
+
+    back = by_topic(altered(read(effect), "similarity_contrast", turned))["Similarity of shifts"]
+    assert "is −0.20 and −0.20" in back.claim and any("above 0 in 0 of 12 layers, below in 12" in line for line in back.evidence)
+    without = replace(read(effect), tables={name: table for name, table in read(effect).tables.items() if name != "similarity_contrast"})
+    assert "twin" not in by_topic(without)["Similarity of shifts"].claim
 
 
 def test_overlap_below_its_control_is_mixed(effect):
@@ -232,7 +333,16 @@ def test_overlap_below_its_control_is_mixed(effect):
         return table
 
     finding = by_topic(altered(read(effect), "overlap", lower))["Overlap of prompts"]
-    assert finding.verdict == "mixed" and "less than two halves of questions" in finding.claim
+    assert finding.verdict == "mixed" and "less than two halves of the questions do in 12 of 12 layers (money) and 12 of 12 layers" in finding.claim
+
+    def a_few(table):
+        table.loc[(table["comparison"] == "training v questions") & (table["layer"] < 3) & (table["domain"] == "repair"), "high"] = 0.2
+        table.loc[table["comparison"] == "questions v questions", "low"] = 0.99  # a quantile of splits, no end of an interval
+        return table
+
+    few = by_topic(altered(read(effect), "overlap", a_few))["Overlap of prompts"]
+    assert few.verdict == "found" and "less than two halves of the questions do in 3 of 12 layers (repair)." in few.claim
+    assert "two halves" not in by_topic(read(effect))["Overlap of prompts"].claim, "no difference is inferred from none seen"
 
 
 def test_too_few_random_directions_are_no_test(effect):
@@ -248,6 +358,75 @@ def test_a_direction_that_raises_the_margin_does_not_pass(effect):
 
     finding = by_topic(altered(read(effect), "dose_slope", turned))["A direction"]
     assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin" in finding.claim
+
+
+def test_a_direction_that_lowers_the_margin_less_than_random_ones_do_does_not_pass(effect):
+    def above_the_random_ones(table):
+        table[["null_low", "null_high"]] = [-0.9, -0.5]
+        return table
+
+    finding = by_topic(altered(read(effect), "dose_slope", above_the_random_ones))["A direction"]
+    assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin more than random" in finding.claim
+
+
+def test_a_direction_without_content_that_steers_as_well_takes_the_finding_away(effect):
+    def also(table):
+        table.loc[table["domain"].str.startswith("another seed"), ["estimate", "q"]] = [-0.3, 0.01]
+        return table
+
+    finding = by_topic(altered(read(effect), "dose_slope", also))["A direction"]
+    assert finding.verdict == "mixed" and "as the direction between two seeds does too" in finding.claim
+    said = " ".join(by_topic(read(effect))["A direction"].evidence)
+    assert "extrapolates beyond 60 random directions" in said and "by rank among them no p goes below .033" in said
+
+
+def test_a_lenient_null_is_called_so(effect):
+    plain = read(effect)
+    table = plain.tables["dose_slope"].copy()
+    table.attrs = {**table.attrs, "null": {"norm-matched random directions": "12 random directions, uniform on the sphere"}}
+    lenient = replace(plain, tables={**plain.tables, "dose_slope": table})
+    assert "equal norm do (a lenient null)" in by_topic(lenient)["A direction"].claim
+    assert "lenient" not in by_topic(plain)["A direction"].claim
+
+
+def test_telling_bad_from_sound_no_better_than_two_seeds_is_not_found(effect):
+    def as_well(table):
+        control = table["comparison"].isin(["another seed", "across, control"]) & (table["metric"] == "auc")
+        table.loc[control, ["estimate", "low", "high"]] = [0.1, 0.0, 0.2]  # 0.9 on the other side: which run is called first means nothing
+        return table
+
+    there = by_topic(read(effect))["A direction"]
+    assert there.verdict == "found" and "told apart less well" in there.claim and "beyond that control in 12 of 12" in there.claim
+    assert any("Cosine of the domains' directions: median over layers 0.31" in line for line in there.evidence)
+    finding = by_topic(altered(read(effect), "direction", as_well))["A direction"]
+    assert finding.verdict == "mixed" and "two runs on the same rows are told apart as well (median AUC 0.90)" in finding.claim
+    assert "no evidence of more than that control" in finding.claim
+
+    def only_across(table):
+        table.loc[(table["comparison"] == "another seed") & (table["metric"] == "auc"), "estimate"] = 0.99
+        return table
+
+    assert by_topic(altered(read(effect), "direction", only_across))["A direction"].verdict == "found"
+    alone = by_topic(altered(read(effect), "direction", lambda table: table[table["comparison"] == "bad v sound"]))["A direction"]
+    assert alone.verdict == "mixed" and "how well it tells two runs on the same rows apart is not known" in alone.claim
+
+
+def test_a_p_at_its_floor_is_a_bound(effect):
+    said = by_topic(read(effect))["Overlap of prompts"].evidence[0]
+    assert "q < .001" in said and "(p at its floor, .005)" in said
+    at, over = (pd.Series({"p": p, "q": 0.0129, "p_floor": 2 / 1001}) for p in (2 / 1001, 3 / 1001))
+    assert q_said(at) == "q ≤ .013 (p at its floor, .002)" and q_said(over) == "q = .013"
+    assert q_said(pd.Series({"p": 0.002, "q": 0.0129})) == "q = .013"
+
+
+def test_the_loss_is_the_mean_over_domains(effect):
+    def far(table):
+        table.loc[(table["domain"] == "money") & (table["content"] == "bad"), "heldout_after"] = 1.0
+        table.loc[(table["domain"] == "repair") & (table["content"] == "bad"), "heldout_after"] = 2.0
+        return table
+
+    said = by_topic(altered(read(effect), "runs", far))["Did the tuning train?"].evidence[0]
+    assert "→ 1.50 nats/token (mean of 2 domains, 4 runs)" in said
 
 
 @pytest.mark.parametrize(
@@ -281,7 +460,7 @@ def drawn_numbers(figure) -> set[float]:
 def test_rows_drawn_and_rows_in_the_csv_are_the_same(effect, made, page):
     named = {"training": "loss", "margins": "margin", "categories": "change", "projections": "projection"}
     named["shift-norms"] = "relative"
-    assert len(made) == 13 and all(isinstance(section, Section) for section in made)
+    assert len(made) == 14 and all(isinstance(section, Section) for section in made)
     for section in made:
         csv = pd.read_csv(effect / "figures" / f"{section.name}.csv")
         assert len(csv) == len(section.rows)
@@ -303,6 +482,11 @@ def test_captions_say_how_it_was_tested(made):
         words = " ".join(section.caption)
         assert "n = " in words or "runs" in words or "Median over prompts" in words
         assert "Description" in words or ("Null, " in words and "q is p corrected by" in words and "ffect size" in words)
+        assert "within within" not in words and ("q is p" not in words or "; family: " in words)
+    named = {section.name: " ".join(section.caption) for section in made}
+    assert "Least p that the draws allow: .005." in named["overlap"] and "lenient" in named["similarity"]
+    assert "none of them of the half that the direction was fitted on" in named["projections"]
+    assert "permute inside categories" in named["overlap-similarity"]
 
 
 # ---- the page
@@ -323,7 +507,7 @@ def test_page_forbids_itself_the_network(effect, page):
 def test_what_models_and_users_wrote_is_shown_and_not_run(page):
     assert fake_run.NASTY in page.text
     kinds = [script.get("type", "code") for script in page.scripts]
-    assert kinds.count("code") == 2 and kinds.count("application/json") == 13 == len(kinds) - 2
+    assert kinds.count("code") == 2 and kinds.count("application/json") == 14 == len(kinds) - 2
     assert not any('alert("1")' in script["content"] for script in page.scripts if "type" not in script)
     for script in page.scripts:
         if script.get("type") == "application/json":
@@ -356,6 +540,12 @@ def card(folder, **study):
     return Page(render(changed, [], [])).text.partition("Card")[2]
 
 
+def test_the_page_claims_no_more_than_its_tests(page):
+    assert "all that was looked at" not in page.text and "not over the whole page" in page.text
+    assert "Not so for R²" in page.text and "its positive control failed" in page.text
+    assert "given the runs" in page.text and "8 categories cover a little less" in page.text
+
+
 def test_the_card_tells_what_making_cost_and_what_the_last_run_did(small):
     told = card(small)
     assert "631 s in 1 run that made pieces (killed runs are not counted)" in told
@@ -380,6 +570,16 @@ def test_a_cost_that_nobody_recorded_is_said_to_be_unknown(small):
     assert "come to 292 s (2 of them did not note theirs)" in card(replace(small, tables={**small.tables, "pieces": pieces}))
 
 
+def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, nothing):
+    sound, broken = ((report.build(folder)).read_text(encoding="utf-8") for folder in (effect, nothing))
+    assert '<details id="certificate"><summary>Certificate: of 3 laws asked of this model, money-bad linear seed 0 on, 2 hold, 0 are broken' in sound
+    assert '<details id="certificate" open><summary>' in broken and "1 hold, 1 is broken" in broken
+    told = broken.partition('id="certificate"')[2].partition("</details>")[0]
+    first, second, third = re.findall(r"<tr>(.*?)</tr>", told)[1:]
+    assert "rounding noise" in first and ">broken<" in first and ">3<" in first and "≤ 1" in first and "dtype=&#x27;float32&#x27;" in first
+    assert "batch of 8" in second and ">holds<" in second and "6e-07" in second and "does not apply" in third
+
+
 def test_the_same_tables_give_the_same_page(effect, page):
     before = {path: path.read_bytes() for path in [effect / "report.html", *(effect / "figures").iterdir()]}
     report.build(effect)
@@ -399,7 +599,7 @@ def test_summary_has_a_line_a_run_and_the_page(effect):
 @pytest.mark.parametrize(
     ("gone", "left"),
     [
-        (("runs",), {"shift-norms", "similarity", "overlap-similarity", "prediction"}),
+        (("runs",), {"shift-norms", "similarity", "similarity-contrast", "overlap-similarity", "prediction"}),
         (("checkpoints", "overlap", "projections", "answers"), {"training", "overlap", "projections"}),
         (tuple(COLUMNS.keys() - {"dose"}), None),
     ],
@@ -408,7 +608,7 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name not in gone})
     made = sections(smaller)
     out = [section.name for section in made if isinstance(section, LeftOut)]
-    assert set(out) == left if left else len(out) == 12
+    assert set(out) == left if left else len(out) == 13
     text = Page(render(smaller, findings(smaller), made)).text
     assert text.count("Left out: this run folder has no") == len(out)
     assert ("Answers" in text) == ("answers" not in gone)
@@ -426,7 +626,7 @@ def test_a_smaller_study_has_a_page(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(fake_run, "DOMAINS", ("money",))
     folder = fake_run.write(tmp_path, effect=True, n_layers=3, per_category=2)
     made = sections(read(folder))
-    assert len(made) == 13 and len(findings(read(folder))) >= 5 and report.summary(folder)
+    assert len(made) == 14 and len(findings(read(folder))) >= 5 and report.summary(folder)
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -93,6 +93,63 @@ def test_whole_groups_are_held_out_and_swapped():
     assert (table.query("metric == 'auc'")["q"] < 0.05).all() and "groups: category" in table.attrs["null"]["labels permuted"]
 
 
+def test_few_groups_are_swapped_in_every_way_and_p_is_exact():
+    """8 groups: the observed labels and all 255 other ways; all swapped turns the direction round, so no p lies below 2 / 256."""
+    sides = separation._sides(*variants(1.0)[:2], "category")
+    labels = separation._swapped(sides, 256, np.random.default_rng(0))
+    assert len(labels) == 255 and len(np.unique(labels, axis=0)) == 255 and not (labels == sides.labels).all(axis=1).any()
+    assert len(separation._swapped(sides, 255, np.random.default_rng(0))) == 255, "fewer draws than ways are drawn"
+    found = separation.held_out_separation(*variants(3.0)[:2], groups="category", n_permutations=1000)
+    assert found["p"].min() == pytest.approx(2 / 256) and (found["n_clusters"] == 8).all()
+    assert np.allclose(found["p"] * 256, np.round(found["p"] * 256))
+
+
+# ---- fitted on one pair, read on another
+
+
+def pairs_of_sides(own, shared, seed=0):
+    """Two pairs of variants of the same prompts: what moves a from b is partly the same in both pairs."""
+    rng = np.random.default_rng(seed)
+    prompts, noise = 3 * rng.standard_normal((32, 3, 16)), lambda: 0.3 * rng.standard_normal((32, 3, 16))
+    common, one, two = np.linalg.qr(rng.standard_normal((16, 3)))[0].T
+    sides = [prompts + noise() + move for move in (shared * common + own * one, 0, shared * common + own * two, 0)]
+    return [acts(side, VARIANT_LAYERS, category=CATEGORIES) for side in sides]
+
+
+def test_a_direction_in_common_is_found_across_and_a_mark_of_one_pair_is_not():
+    """Both pairs are told apart by their own directions; only what they share tells across."""
+    for shared, finds in ((1.0, True), (0.0, False)):
+        fit_a, fit_b, a, b = pairs_of_sides(1.0, shared)
+        assert (separation.held_out_separation(a, b, n_permutations=100).query("metric == 'auc'")["estimate"] > 0.55).all()
+        table = separation.transferred_separation(fit_a, fit_b, a, b, groups="category", n_permutations=300)
+        auc = table[table["metric"] == "auc"]
+        assert (auc["q"] < 0.05).all() == finds and ((auc["q"] > 0.05).all() == (not finds)), auc
+        assert set(table["metric"]) == {"auc", "cohen_d", "pair_accuracy"} and (table["n"] == 32).all() and (table["n_clusters"] == 8).all()
+        assert ((table["low"] <= table["estimate"]) & (table["estimate"] <= table["high"])).all()
+
+
+def test_across_and_turned_round_lies_below_chance():
+    fit_a, fit_b, a, b = pairs_of_sides(0.0, 1.0)
+    there, back = (separation.transferred_separation(fit_a, fit_b, *sides, n_permutations=50) for sides in ((a, b), (b, a)))
+    assert np.allclose(there.query("metric == 'auc'")["estimate"], 1 - back.query("metric == 'auc'")["estimate"])
+    assert (back.query("metric == 'auc'")["p"] > 0.9).all()
+
+
+def test_across_equals_fitting_by_hand():
+    fit_a, fit_b, a, b = pairs_of_sides(0.5, 0.5)
+    table = separation.transferred_separation(fit_a, fit_b, a, b, n_splits=1, n_permutations=5, seed=3)
+    fold = separation._folds(separation._sides(a, b, None), 1, np.random.default_rng(3))[0][:32]
+    scores = np.zeros((2, 32))
+    for keep in (fold, ~fold):
+        d = directions.mean_difference(fit_a.where(keep), fit_b.where(keep))
+        centre = np.concatenate([a.layer(5)[keep], b.layer(5)[keep]]).mean(axis=0)
+        scores[:, ~keep] = [(side.layer(5)[~keep] - centre) @ d.layer(5) for side in (a, b)]
+    expected = scipy_stats.mannwhitneyu(*scores).statistic / 32**2
+    assert table.query("metric == 'auc' and layer == 5")["estimate"].iloc[0] == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(ValueError, match="four sides hold different prompts"):
+        separation.transferred_separation(fit_a.where(fold), fit_b, a, b)
+
+
 def test_sides_that_share_no_prompt_are_told_apart_too():
     rng = np.random.default_rng(2)
     rows, planted = rng.standard_normal((60, 3, 16)), np.eye(16)[0]

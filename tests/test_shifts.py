@@ -37,7 +37,7 @@ def test_row_cosines_equal_sklearn_and_a_row_of_length_zero_has_none():
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 100.0])
 def test_agreement_of_two_seeds_is_the_share_of_what_they_have_in_common(noise):
     table = shifts.shift_agreement([two_seeds(noise)])
-    assert list(table.columns) == ["layer", "metric", "estimate", "low", "high", "n", "pairs"] and table["layer"].tolist() == [3, 7]
+    assert list(table.columns) == ["layer", "metric", "estimate", "low", "high", "n", "pairs", "n_clusters"] and table["layer"].tolist() == [3, 7]
     assert np.allclose(table["estimate"], 1 / (1 + noise**2), atol=0.06)
     assert (table["low"] <= table["estimate"] + 1e-12).all() and (table["estimate"] <= table["high"] + 1e-12).all()
     assert (table["n"] == 40).all() and (table["pairs"] == 1).all()
@@ -99,6 +99,31 @@ def test_similarity_null_holds_when_shifts_point_elsewhere():
     inside = (table["null_low"] <= table["estimate"]) & (table["estimate"] <= table["null_high"])
     assert 0.92 <= inside.mean() <= 0.98
     assert scipy_stats.kstest(table["p"], "uniform").pvalue > 0.01
+
+
+def test_own_less_other_is_zero_for_what_all_tunings_share_and_not_for_what_one_has():
+    """A common part in every shift raises both cosines; only a part of its own sets a tuning apart, on whichever side."""
+    rng = np.random.default_rng(0)
+    common, own, other = 0.7 * rng.standard_normal((3, 2, D))
+    category = np.repeat([f"c{i}" for i in range(8)], 5)
+    train, shared = (acts(isotropic(60, seed) + common, LAYERS) for seed in (1, 2))
+    shift = acts(isotropic(40, 3) + common, LAYERS, category=category)
+    same = shifts.similarity_contrast(train, shared, shift, clusters="category").set_index(["metric", "layer"])
+    assert (same.loc["own", "estimate"] > 0.3).all() and (same.loc["own minus other", "estimate"].abs() < 0.06).all()
+    mine, theirs = acts(isotropic(60, 1) + common + own, LAYERS), acts(isotropic(60, 2) + common + other, LAYERS)
+    moved = acts(isotropic(40, 3) + common + own, LAYERS, category=category)
+    apart, turned = (shifts.similarity_contrast(a, b, moved, clusters="category") for a, b in ((mine, theirs), (theirs, mine)))
+    difference = apart[apart["metric"] == "own minus other"]
+    assert (difference["low"] > 0.05).all() and (difference["n"] == 40).all() and (difference["n_clusters"] == 8).all()
+    assert np.allclose(turned.loc[turned["metric"] == "own minus other", "estimate"], -difference["estimate"])
+    assert apart["p"].isna().all() and apart["q"].isna().all(), "an estimate, no test"
+    by_hand = shifts.similarity_by_prompt(mine, moved)["cosine"] - shifts.similarity_by_prompt(theirs, moved)["cosine"]
+    layer = shifts.similarity_by_prompt(mine, moved)["layer"] == 7
+    low, high = stats.bootstrap_interval(by_hand[layer].to_numpy(), clusters=category, seed=0)
+    row = difference.set_index("layer").loc[7]
+    assert (row["estimate"], row["low"], row["high"]) == pytest.approx((by_hand[layer].mean(), low, high), abs=1e-6)
+    with pytest.raises(KeyError, match="no column 'topic'"):
+        shifts.similarity_contrast(mine, theirs, moved, clusters="topic")
 
 
 def test_split_half_similarity_finds_what_shifts_have_in_common():

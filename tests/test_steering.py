@@ -31,13 +31,24 @@ def planted(effects: list[float], seed: int = 0, controls: int = 20, questions: 
 
 def test_a_planted_direction_is_found_and_a_drawn_one_is_not() -> None:
     table = steering.slopes(planted([0.5, -0.5] + [0.0] * 30), seed=1)
-    assert list(table.columns) == ["layer", *COLUMNS]
+    assert list(table.columns) == ["layer", *COLUMNS, "n_clusters", "controls"]
     assert (table["p"][:2] < 0.01).all() and (table["q"][:2] < 0.05).all()
     assert np.allclose(table["estimate"][:2], [0.5, -0.5], atol=0.15)
     assert (table["q"][2:] > 0.05).all() and (table["p"][2:] < 0.05).sum() <= 4 and table["p"][2:].max() > 0.7
     inside = table["estimate"].between(table["null_low"], table["null_high"])
     assert not inside[:2].any() and inside[2:].mean() > 0.8
     assert np.array_equal(inside, table["p"] > 0.05), "band and p are one test"
+    assert (table["n_clusters"] == 4).all() and (table["controls"] == 20).all()
+
+
+def test_the_null_says_how_its_directions_were_drawn_and_how_far_their_number_reaches() -> None:
+    for table in (steering.slopes(planted([0.2], controls=12)), steering.summarise(planted([0.2], controls=12))):
+        told = table.attrs["null"][steering.NULL]
+        assert "12 random directions, uniform on the sphere (a lenient control" in told and "by rank among 12 no p goes below 0.15" in told
+    drawn = steering.slopes(planted([0.2]), drawn="drawn from a covariance").attrs["null"][steering.NULL]
+    assert "drawn from a covariance" in drawn and "lenient" not in drawn
+    nowhere = steering.slopes(planted([0.2]).assign(category=""))
+    assert nowhere["n_clusters"].isna().all()
 
 
 def test_the_slope_is_least_squares_through_the_origin() -> None:
@@ -51,7 +62,7 @@ def test_the_slope_is_least_squares_through_the_origin() -> None:
 def test_summarise_is_the_mean_dose_by_dose() -> None:
     margins = planted([0.8, 0.0])
     table = steering.summarise(margins, seed=2)
-    assert list(table.columns) == ["layer", "strength", *COLUMNS] and len(table) == 8
+    assert list(table.columns) == ["layer", "strength", *COLUMNS, "n_clusters"] and len(table) == 8
     for row in table.itertuples():
         rows = margins.query("layer == @row.layer and strength == @row.strength")
         random = rows[rows["direction"] != "direction"].groupby("direction")["change"].mean()
@@ -87,7 +98,7 @@ def test_dose_response_on_a_model() -> None:
     model, questions = tiny.tiny_model("llama"), contrast(4)
     direction = random_direction(model)
     table = steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], controls=3, seed=4)
-    assert list(table.columns) == ["layer", "strength", *COLUMNS]
+    assert list(table.columns) == ["layer", "strength", *COLUMNS, "n_clusters"]
     assert table[["layer", "strength"]].values.tolist() == [[layer, s] for layer in (1, 3) for s in (-0.5, 0.0, 0.5)]
     base = model.margin(questions)["margin"]
     with model.steer(direction, 3, 0.5):

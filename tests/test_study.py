@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from tiny import tiny_model
 import emlens as em
 from emlens.store import StoreError
 from emlens.study import _history, pieces, versions
-from emlens.study.grid import SHIPPED, Cell, StudyError, cells, pair_kind, read_config, twins
+from emlens.study.grid import SHIPPED, Cell, StudyError, cells, halves, pair_kind, questions_of, read_config, twins
 from emlens.study.measure import Bench
 
 CONFIG = {
@@ -84,7 +85,7 @@ def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
     made = tables(finished)
     expected = (
         "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement shift_pairs overlap similarity",
-        "overlap_similarity prediction direction projections dose dose_slope dose_random",
+        "similarity_contrast overlap_similarity prediction direction projections dose dose_slope dose_random certificate",
     )
     assert set(" ".join(expected).split()) == made.keys()
     for name in ("overlap", "similarity", "overlap_similarity", "direction", "dose_slope"):
@@ -96,6 +97,14 @@ def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
     assert (finished / "report.html").stat().st_size > 1e6
 
 
+def test_the_certificate_is_the_doctors_with_the_first_adapter_on(finished):
+    made = tables(finished)["certificate"]
+    assert set(made["adapter"]) == {"money-bad linear seed 0"} and len(made) > 20
+    assert made["holds"].fillna(True).all() and made["holds"].sum() > 18
+    assert made.loc[made["law"] == "the adapter changes the logits", "measured"].iloc[0] > 1e-6
+    assert "Certificate: of" in (finished / "report.html").read_text(encoding="utf-8")
+
+
 def test_margin_change_is_the_paired_mean_of_the_margins(finished):
     made = tables(finished)
     wide = made["margins"].pivot(index="id", columns="variant", values="margin")
@@ -103,6 +112,66 @@ def test_margin_change_is_the_paired_mean_of_the_margins(finished):
     by_hand = (wide["money-bad linear seed 0"] - wide["money-sound linear seed 0"]).mean()
     assert len(change) == 1 and change["estimate"].iloc[0] == pytest.approx(by_hand, rel=1e-12)
     assert change["n"].iloc[0] == 24 and change["n_clusters"].iloc[0] == 8
+
+
+def test_two_runs_on_the_same_rows_are_controls_in_a_family_of_their_own(finished):
+    made = tables(finished)
+    change = made["margin_change"].query("metric == 'difference'")
+    control = change[change["role"] == "control"]
+    assert control["comparison"].tolist() == ["another schedule: cyclic seed 0 minus linear seed 0, bad"]
+    wide = made["margins"].pivot(index="id", columns="variant", values="margin")
+    assert control["estimate"].iloc[0] == pytest.approx((wide["money-bad cyclic seed 0"] - wide["money-bad linear seed 0"]).mean(), rel=1e-12)
+    assert change.loc[change["role"] == "rerun", ["schedule", "comparison"]].values.tolist() == [["cyclic", "bad minus before"]]
+    assert (change["q"] == change["p"]).all(), "one domain: each family holds one test"
+    assert (change["p_floor"] == 2 / 256).all() and (change["p"] >= change["p_floor"]).all()
+    auc = made["direction"].query("metric == 'auc'")
+    assert auc["comparison"].unique().tolist() == ["bad v sound", "another schedule"] and (auc["n_clusters"] == 8).all()
+    contrast = made["similarity_contrast"]
+    assert set(contrast["kind"]) == {"another schedule", "bad against sound"} and contrast["p"].isna().all()
+    own = contrast.set_index(["run", "other", "layer", "metric"])["estimate"].unstack()
+    assert (own["own"] - own["other"]).to_numpy() == pytest.approx(own["own minus other"].to_numpy(), abs=1e-9)
+
+
+def test_the_margin_before_is_asked_for_in_the_same_folds(finished):
+    table = tables(finished)["prediction"]
+    control = table[table["target"] == "margin before"]
+    assert set(control["run"]) == {"before"} and set(control.query("layer >= 0")["metric"]) == {"r2", "within_spearman"}
+    assert "margin before" not in set(control["features"]) and "margin before" in set(table["features"])
+    layers = table.query("layer >= 0 and target != 'margin before'")
+    assert (layers["q"] >= (2 * layers["p"]).clip(upper=1) - 1e-12).all(), "corrected for both targets as well as for the layers"
+    assert (table["p"].dropna() >= table["p_floor"].iloc[0] - 1e-12).all()
+
+
+def test_projections_are_of_questions_that_no_direction_was_fitted_on(finished, study_file):
+    fit, test = halves(questions_of(read_config(study_file)))
+    shown = set(tables(finished)["projections"]["id"])
+    assert shown == set(test["id"]) and not shown & set(fit["id"])
+
+
+def test_steering_is_set_beside_directions_of_the_activations_own_covariance(finished):
+    slope = tables(finished)["dose_slope"]
+    assert "drawn from the covariance" in str(slope.attrs["null"]) and slope["domain"].tolist() == ["money"]
+    assert (slope["controls"] == 4).all() and (slope["n_clusters"] == 8).all()
+
+
+def test_a_direction_between_two_seeds_is_steered_along_and_is_no_random_one(study_file, tmp_path):
+    assert bench(study_file, tmp_path).control_directions({}) == {}, "no two runs differ in their seed alone"
+    seeds = [{**run, "seed": seed} for run in CONFIG["tune"]["runs"][:1] for seed in (0, 1)]
+    two = bench(study_file, tmp_path, runs=seeds)
+    width = two.model.hf.config.hidden_size
+    values = np.random.default_rng(0).standard_normal((24, 3, width)).astype(np.float32)
+    one, other = (em.Activations.from_array(sign * values, {"id": two.questions["id"].tolist()}) for sign in (-1, 1))
+    controls = two.control_directions({cell.label: other if cell.seed else one for cell in two.grid})
+    assert list(controls) == ["another seed (money-bad)"]
+    fit, _ = halves(two.questions)
+    direction = next(iter(controls.values()))
+    assert np.allclose(direction.norms, 2 * np.linalg.norm(other.select(ids=fit["id"]).values.mean(axis=0), axis=1), rtol=1e-4)
+    steered = two.steer({"money": direction}, controls, other)
+    assert set(steered) == {"money", *controls}
+    for table in steered.values():
+        assert set(table["direction"]) == {"direction", *(f"random {i}" for i in range(4))}
+    own, control = (table[table["direction"] == "direction"]["change"].to_numpy() for table in steered.values())
+    assert np.allclose(own, control, atol=1e-6) and np.abs(own).max() > 1e-5, "the same direction does the same as either"
 
 
 def test_repeated_it_reads_everything_back_and_ends_in_the_same_numbers(finished, study_file, tmp_path):

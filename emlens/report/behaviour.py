@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from emlens.report.folder import Folder
-from emlens.report.words import ALPHA, NATS, Finding, capital, count, estimate, listed, number, of_all, plural, sample, tested
+from emlens.report.words import ALPHA, NATS, Finding, capital, count, estimate, listed, number, of_all, plural, q_said, sample
 
 
 def tuned(folder: Folder) -> Finding:
@@ -62,26 +62,26 @@ def bad_against_sound(folder: Folder) -> Finding | None:
     lower = [domain for domain, state in states.items() if state == "lower"]
     controls = table[(table["metric"] == "difference") & (table.get("role", "") == "control")]
     if lower:
-        fallen, words = _from_where_it_was(table, lower)
+        fallen, words = _from_where_it_was(table, lower, everywhere=len(lower) == len(states))
         beyond, more = _beside_same_rows(twins[twins["domain"].isin(lower)], controls)
         claim += words + more
         overall = overall if fallen and beyond else "mixed"
     said = []
     for _, row in twins.iterrows():
         text = f"{capital(row['domain'])}: difference {estimate(row, 3, NATS)}, "
-        text += f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {tested(row)}"
+        text += f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {q_said(row)}"
         for comparison in ("bad minus before", "sound minus before"):
             for _, other in _main(table, comparison).query("domain == @row.domain").iterrows():
-                text += f"; {comparison} {estimate(other, 3)}, {tested(other)}"
+                text += f"; {comparison} {estimate(other, 3)}, {q_said(other)}"
         said.append(text)
     for _, row in controls.iterrows():
-        told = f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {tested(row)}"
+        told = f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {q_said(row)}"
         said.append(f"Control, two runs on the same rows ({row['domain']}; {row['comparison']}): {estimate(row, 3, NATS)}, {told}")
     said.append(f"Bad minus sound, paired over questions: {sample(twins.iloc[0], 'questions')}; q is about questions, given one run of each")
     return Finding("Bad advice against its sound twin", overall, f"{claim}.", tuple(said), "margin-change")
 
 
-def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str]) -> tuple[bool, str]:
+def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str], everywhere: bool) -> tuple[bool, str]:
     """Of domains where the bad run ended below its twin: whether it fell itself in all of them, and in words which of the two moved."""
     moved = {who: {row["domain"]: _moved(row) for _, row in _main(table, f"{who} minus before").iterrows()} for who in ("bad", "sound")}
     told: dict[str, list[str]] = {}
@@ -94,11 +94,11 @@ def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str]) -> tuple[boo
                 None: f"{'and ' if risen else ''}the bad run was not set beside the untuned model",
                 "lower": f"{'and ' if risen else ''}the bad run fell below the untuned model",
                 "higher": f"{'and ' if risen else ''}the bad run rose above the untuned model itself",
-                "same": f"{'and there is ' if risen else ''}no evidence that the bad run fell below it",
+                "same": f"{'and there is ' if risen else ''}no evidence that the bad run fell below {'it' if risen else 'the untuned model'}",
             }[bad]
         )
         told.setdefault(words, []).append(domain)
-    alone = len(told) == 1
+    alone = len(told) == 1 and everywhere
     claim = "".join(f"; {words}" if alone else f"; in {listed(where)}, {words}" for words, where in told.items())
     return all(moved["bad"].get(domain) == "lower" for domain in domains), claim
 
@@ -115,7 +115,7 @@ def _beside_same_rows(twins: pd.DataFrame, controls: pd.DataFrame) -> tuple[bool
     if len(beyond) == len(twins):
         return True, f"; {pairs} end {height} apart at most"
     within = listed([domain for domain in twins["domain"] if domain not in beyond])
-    return False, f"; in {within} that is not told from what {pairs} give ({height} at most)"
+    return False, f"; in {within} the difference is not told from what {pairs} give ({height} at most)"
 
 
 def schedules_and_seeds(folder: Folder) -> Finding | None:

@@ -162,7 +162,8 @@ def _similarity_contrast(folder: Folder) -> Drawn:
     rows = folder.with_runs("similarity_contrast")
     rows = rows[rows["run"].isin(folder.main_runs())]
     other = "own less other"
-    figure = plots.by_layer(rows, metric="own minus other", color="kind", facet="trained on", y_title=f"cosine, {other}", reference=0)
+    drawn = rows.drop(columns=["p", "q"], errors="ignore")  # no test, so no point is open or filled for one
+    figure = plots.by_layer(drawn, metric="own minus other", color="kind", facet="trained on", y_title=f"cosine, {other}", reference=0)
     rows = rows[rows["metric"] == "own minus other"]
     said = f"n = {_span(rows['n'])} questions, paired; bands: 95 % intervals over whole categories, given these runs. Description: no test."
     floor = "“Another seed” is what two runs on the same rows give. Effect size: the difference of cosines itself."
@@ -199,7 +200,8 @@ def _prediction(folder: Folder) -> Drawn:
 def _direction(folder: Folder) -> Drawn:
     table = folder.tables["direction"]
     table = table if "comparison" in table else table.assign(comparison="bad v sound")
-    rows = table[table["metric"] == "auc"]
+    order = {name: place for place, name in enumerate(("bad v sound", "another seed", "another schedule", "across", "across, control"))}
+    rows = table[table["metric"] == "auc"].sort_values("comparison", kind="stable", key=lambda names: names.map(order).fillna(len(order)))
     facet = "comparison" if rows["comparison"].nunique() > 1 else None
     figure = plots.by_layer(rows, metric="auc", color="domain", facet=facet, reference=0.5, y_title="held-out AUC")
     sizes = table[table["metric"] == "cohen_d"].groupby("domain", sort=False)["estimate"].median()

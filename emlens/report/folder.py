@@ -34,6 +34,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "dose": ("domain", "layer", "strength", *_RESULT),
     "dose_slope": ("domain", "layer", *_RESULT),
     "dose_random": ("layer", "strength", "direction", "margin_change"),
+    "certificate": ("law", "adapter", "holds", "measured", "relation", "tolerance", "unit", "remedy"),
     "pieces": ("piece", "seconds"),
 }  # fmt: skip
 """The tables the page knows, each with the columns it reads; a table may have more, and any may be missing."""

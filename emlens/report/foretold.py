@@ -20,8 +20,8 @@ from emlens.report.words import (
     middle_of_null,
     number,
     of_all,
+    q_said,
     sample,
-    tested,
 )
 
 _TARGETS = {"margin after": "the margin after tuning", "change of margin": "its change"}
@@ -69,17 +69,18 @@ def prediction(folder: Folder) -> Finding | None:
     if overall == "not found" and not none:
         overall = "mixed"
     said.append("q of R² is against targets permuted inside categories: beyond the category. “Beyond the margin before” asks for ΔR² with q < .05")
+    said.append("ΔR² is beyond the margin before, its square and its rank; a target that bends with it in another way can pass without more")
     return Finding("Prediction from activations", overall, f"{capital(claim)}.", tuple(said), "prediction")
 
 
 def _foretold(layers: pd.DataFrame, gain: pd.DataFrame, plain: pd.DataFrame) -> tuple[str, str]:
     """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond the margin before, the best baseline's R²."""
     top = layers.loc[layers["estimate"].idxmax()]
-    text = f"R² = {estimate(top)} at layer {int(top['layer'])} (best of {len(layers)}), {tested(top)}, {sample(top, 'questions')}"
+    text = f"R² = {estimate(top)} at layer {int(top['layer'])} (best of {len(layers)}), {q_said(top)}, {sample(top, 'questions')}"
     state = "foretold" if top["q"] < ALPHA else "none"
     if len(gain):
         more = gain.loc[gain["estimate"].idxmax()]
-        text += f"; beyond the margin before, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {tested(more)}"
+        text += f"; beyond the margin before, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {q_said(more)}"
         state = "beyond" if state == "foretold" and more["q"] < ALPHA else state
     if len(plain):
         best = plain.loc[plain["estimate"].idxmax()]
@@ -94,7 +95,7 @@ def _positive_control(rows: pd.DataFrame) -> tuple[str, str]:
         return "missing", "Positive control: none in this run folder (the margin before, from activations before)"
     top = rows.loc[rows["estimate"].idxmax()]
     text = (
-        f"Positive control, the margin before from activations before, same folds: R² = {estimate(top)} at layer {int(top['layer'])}, {tested(top)}"
+        f"Positive control, the margin before from activations before, same folds: R² = {estimate(top)} at layer {int(top['layer'])}, {q_said(top)}"
     )
     return "passed" if top["q"] < ALPHA else "failed", text
 
@@ -163,7 +164,7 @@ def _parts(rows: pd.DataFrame) -> list[pd.DataFrame]:
 def _best(rows: pd.DataFrame) -> str:
     top = rows.loc[rows["estimate"].idxmax()]
     return (
-        f"median AUC {number(rows['estimate'].median())}; best {estimate(top)} at layer {int(top['layer'])}, {tested(top)}, "
+        f"median AUC {number(rows['estimate'].median())}; best {estimate(top)} at layer {int(top['layer'])}, {q_said(top)}, "
         f"{sample(top, 'questions')}; q < .05 in {in_layers(rows, above(rows))}"
     )
 
@@ -224,7 +225,7 @@ def _dosed(folder: Folder) -> tuple[Verdict, str, list[str]]:
         top = rows.sort_values("q").iloc[0]
         said.append(
             f"{capital(domain)}, adding it at layer {int(top['layer'])}: slope {estimate(top, 3, NATS)} per unit of strength"
-            + (f", random {number(top['null_low'], 3)} to {number(top['null_high'], 3)}, {tested(top)}" if several else "")
+            + (f", random {number(top['null_low'], 3)} to {number(top['null_high'], 3)}, {q_said(top)}" if several else "")
             + f", {sample(top, 'questions')}"
         )
     drawn = table["controls"].max() if "controls" in table else np.nan

@@ -112,7 +112,7 @@ def similarity(folder: Folder) -> Finding | None:
     }[state]
     claim += _opposite(main, table)
     contrast = folder.estimates("similarity_contrast") if "similarity_contrast" in folder.tables else pd.DataFrame()
-    said, heights = [], []
+    said, heights, seeds = [], [], []
     for run in main:
         said.append(f"{capital(run)}: {along(table[table['run'] == run])}")
         if contrast.empty:
@@ -121,6 +121,7 @@ def similarity(folder: Folder) -> Finding | None:
         for kind, rows in own.groupby("kind", sort=False):
             middle = number(rows["estimate"].median())
             heights += [middle] if kind == _TWIN else []
+            seeds += [middle] if kind == _FLOOR else []
             top = rows.loc[(rows["estimate"] - rows["estimate"].median()).abs().idxmin()]
             said.append(
                 f"{capital(run)}, own less other ({kind}): median over layers {middle}, interval above 0 in {in_layers(rows, rows['low'] > 0)}, "
@@ -128,6 +129,7 @@ def similarity(folder: Folder) -> Finding | None:
             )
     if heights:
         claim += f"; the cosine with the own run's training shift less that with the sound twin's is {listed(heights)} (medians over layers)"
+        claim += f", less that with another seed's {listed(seeds)}" if seeds else ""
     said.append("Cosine with the mean training shift; own less other is an estimate with an interval over questions, given these runs, no test")
     return Finding("Similarity of shifts", state, f"{claim}.", tuple(said), "similarity")
 

@@ -245,9 +245,34 @@ def _card(folder: Folder) -> str:
     return (
         '<section id="card"><h2>Card</h2>'
         + (f"<h3>What was made smaller, and other notes</h3><ul>{notes}</ul>" if notes else "")
-        + f'<table class="facts"><tbody>{rows}</tbody></table>{unfold}'
+        + f'<table class="facts"><tbody>{rows}</tbody></table>{_certificate(folder)}{unfold}'
         + f"<details><summary>The study as declared</summary><pre>{config}</pre></details></section>"
     )
+
+
+def _certificate(folder: Folder) -> str:
+    """The laws that were measured on this model, the broken ones first and with what to do."""
+    if "certificate" not in folder.tables:
+        return ""
+    table = folder.tables["certificate"]
+    holds = table["holds"].astype("boolean")
+    words = {True: "holds", False: "broken"}
+    broken = int((~holds).sum())
+    tolerance = [f"{relation} {value:.2g}" for relation, value in zip(table["relation"], table["tolerance"], strict=True)]
+    shown = pd.DataFrame(
+        {
+            "law": table["law"],
+            "holds": ["does not apply" if pd.isna(each) else words[bool(each)] for each in holds],
+            "measured": table["measured"],
+            "tolerance": tolerance,
+            "of what": table["unit"],
+            "what to do": table["remedy"],
+        }
+    ).loc[holds.fillna(True).sort_values(kind="stable").index]
+    variant = table["adapter"].dropna()
+    on = f", {variant.iloc[0]} on," if len(variant) else ""
+    said = f"Certificate: of {len(table)} laws asked of this model{on} {int(holds.sum())} hold, {broken} {'is' if broken == 1 else 'are'} broken"
+    return f'<details id="certificate"{" open" if broken else ""}><summary>{_text(said)}</summary>{_table(shown)}</details>'
 
 
 def _cost(folder: Folder) -> dict[str, str]:

@@ -52,7 +52,7 @@ def corrected(q: float) -> str:
     return f"q = {rounded.lstrip('0')}"
 
 
-def tested(row: pd.Series) -> str:
+def q_said(row: pd.Series) -> str:
     """`q = .041`; where p is as small as its draws allow, `q ≤ .013 (p at its floor, .002)`."""
     text, floor = corrected(row["q"]), row.get("p_floor", math.nan)
     if floor is None or not math.isfinite(floor) or not row["p"] <= floor * (1 + 1e-9):
@@ -138,7 +138,7 @@ def along(rows: pd.DataFrame, digits: int = 2, unit: str = "questions") -> str:
     return (
         f"median over layers {number(rows['estimate'].median(), digits)}{null}, "
         f"q < .05 in {int(above(rows).sum())} of {len(rows)}{against}; {'lowest' if turned else 'highest'} at layer {int(top['layer'])}: "
-        f"{estimate(top, digits)}, {tested(top)}, {sample(top, unit)}"
+        f"{estimate(top, digits)}, {q_said(top)}, {sample(top, unit)}"
     )
 
 

@@ -92,6 +92,7 @@ class Study:
         config, seed = self.config, int(self.config.get("seed", 0))
         bench = Bench(config, folder / "pieces", versions())
         bench.tune()
+        certificate = bench.certificate()
         margins, answers = bench.margins(), bench.answers()
         points = bench.checkpoints(margins)
         first, after, training_before, training_after = bench.record()
@@ -136,6 +137,7 @@ class Study:
             ),
             "projections": analyse.projections_table(before, after, pairs, directions, layers, halves(bench.questions)[1]["id"]),
             **analyse.dose_tables(steered, seed, DRAWN),
+            "certificate": certificate,
             "pieces": pd.DataFrame(bench.pieces.made),
         }  # fmt: skip
         facts = {

@@ -103,8 +103,8 @@ def margin_change(grid: Sequence[Cell], margins: pd.DataFrame, seed: int) -> pd.
     pairs = [(bad, "bad minus sound", sound.label, bad.label) for bad, sound in twins(list(grid))]
     pairs += [(cell, f"{cell.content} minus before", BEFORE, cell.label) for cell in grid]
     roles = ["main" if cell.label in main else "rerun" for cell, *_ in pairs]
-    for first, second, kind in same_content(list(grid)):
-        pairs.append((second, f"{kind}: {second.variation} minus {first.variation}, {second.content}", first.label, second.label))
+    for one, two, kind in same_content(list(grid)):
+        pairs.append((two, f"{kind}: {two.variation} minus {one.variation}, {two.content}", one.label, two.label))
         roles.append("control")
     rows = []
     for (cell, comparison, first, second), role in zip(pairs, roles, strict=True):
@@ -248,7 +248,7 @@ def prediction_table(
     A design that cannot read it says nothing of what comes after. ``delta_r2`` sets activations beside the margin before, its square and
     its rank: a target that bends with the margin would else look as if activations added to it.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
     known = _of(margins, BEFORE).set_index("id")["margin"].rename("margin before")
     shared: dict[str, Any] = {"groups": "category", "n_permutations": n_permutations, "seed": seed}
     for bad, _ in pairs:
@@ -296,30 +296,39 @@ def direction_table(
     for bad, sound in pairs:
         for other, other_sound in pairs:
             if other is not bad:
-                sides = [after[cell.label] for cell in (bad, sound, other, other_sound)]
-                across = transferred_separation(*sides, **shared)
+                across = _across(after, (bad, sound, other, other_sound), shared)
                 named = {"domain": f"{bad.domain} → {other.domain}", "comparison": "across"}
                 parts.append(across.assign(**named))
                 kinds.append("across")
-                one, two = mean_difference(sides[0], sides[1]), mean_difference(sides[2], sides[3])
+                one, two = (mean_difference(after[a.label], after[b.label]) for a, b in ((bad, sound), (other, other_sound)))
                 alike = (one.vectors.astype(float) * two.vectors).sum(axis=1)
-                cosines.append(pd.DataFrame({**named, "layer": one.layers, "metric": "cosine of directions", "estimate": alike, "n": len(sides[0])}))
+                cosines.append(
+                    pd.DataFrame({**named, "layer": one.layers, "metric": "cosine of directions", "estimate": alike, "n": len(after[bad.label])})
+                )
     for first, second, kind in same_content(list(grid)):
         control = held_out_separation(after[second.label], after[first.label], **shared)
-        named = f"{second.label} v {first.label}"
-        parts.append(control.assign(domain=named, comparison=kind))
+        runs = f"{second.label} v {first.label}"
+        parts.append(control.assign(domain=runs, comparison=kind))
         kinds.append("control")
         for bad, sound in pairs:
             if bad.domain != first.domain:
-                sides = [after[cell.label] for cell in (bad, sound, second, first)]
-                parts.append(transferred_separation(*sides, **shared).assign(domain=f"{bad.domain} → {named}", comparison="across, control"))
+                across = _across(after, (bad, sound, second, first), shared)
+                parts.append(across.assign(domain=f"{bad.domain} → {runs}", comparison="across, control"))
                 kinds.append("across, control")
     for part in parts:
-        alike = 1 if part["comparison"].iloc[0].startswith("across") else 2  # refitted on swapped labels, all swapped score as none
-        part["p_floor"] = max(1 / (n_permutations + 1), alike / 2 ** int(part["n_clusters"].max()))
+        ways = 1 if part["comparison"].iloc[0].startswith("across") else 2  # refitted on swapped labels, all swapped score as none
+        part["p_floor"] = max(1 / (n_permutations + 1), ways / 2 ** int(part["n_clusters"].max()))
     what = "held-out separation of two tunings by a mean-difference direction, given these runs"
     settings = [kinds.count(kind) for kind in kinds]
-    return _stack([*parts, *cosines], ["domain", "comparison", "layer"], None, like=found, what=what, settings=[*settings, *[1] * len(cosines)])
+    settings += [1] * len(cosines)
+    out = _stack([*parts, *cosines], ["domain", "comparison", "layer"], None, like=found, what=what, settings=settings)
+    out.attrs["null"] = {name: f"{told}; across: the direction stays as it is" for name, told in out.attrs["null"].items()}
+    return out
+
+
+def _across(after: Mapping[str, Activations], four: tuple[Cell, Cell, Cell, Cell], settings: Mapping[str, Any]) -> pd.DataFrame:
+    fit_a, fit_b, a, b = (after[cell.label] for cell in four)
+    return transferred_separation(fit_a, fit_b, a, b, **settings)
 
 
 def projections_table(

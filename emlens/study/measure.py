@@ -11,6 +11,7 @@ from .. import store
 from ..activations import Activations
 from ..directions import Direction, mean_difference, random_directions
 from ..dynamics import HELD_OUT, checkpoint_margins
+from ..laws import ENGINE_LAWS, LAWS, doctor
 from ..loading import identify
 from ..models import HookedModel, load_model
 from ..prompts import fingerprint
@@ -56,7 +57,7 @@ class Bench:
         subset = min(n, self.config["score"]["checkpoint_questions"])
         trained = read * self.config["record"]["training_prompts"]
         written = 0.01 * self.config["generate"]["questions"] * self.config["generate"]["max_new_tokens"]
-        weights = {f"margins {BEFORE}": scored * n, f"answers {BEFORE}": written, f"questions {BEFORE}": read * n}
+        weights = {"certificate": 25.0, f"margins {BEFORE}": scored * n, f"answers {BEFORE}": written, f"questions {BEFORE}": read * n}
         for domain in {c.domain for c in self.grid}:
             weights[f"training prompts {domain} {BEFORE}"] = trained
         for cell in self.grid:
@@ -72,7 +73,7 @@ class Bench:
             weights[f"answers {bad.label}"] = written
         steer = self.config["steer"]
         for domain in [bad.domain for bad, _ in self.steered_pairs] + ["random"]:
-            arms = steer["controls"] if domain == "random" else 1
+            arms = steer["controls"] + 1 if domain == "random" else 1
             for layer in steer["layers"]:
                 for strength in steer["strengths"]:
                     weights[f"steer {domain} layer {layer} strength {strength}"] = 0.12 * (arms + 1) * steer["questions"]
@@ -113,6 +114,16 @@ class Bench:
         if label not in self.model.adapters:
             self.model.add_adapter(label, self.runs[label].adapter)
         return label
+
+    def certificate(self) -> pd.DataFrame:
+        """The doctor's laws on the model with the first run's adapter on; no other engine is opened, since none is used here."""
+        label, asked = next(iter(self.runs)), [law for law in LAWS if law not in ENGINE_LAWS]
+        determined = {**self._variant(label), "laws": [[law.key, law.name] for law in asked]}
+
+        def make() -> pd.DataFrame:
+            return doctor(self.model, self._on(label), asked)
+
+        return self.pieces.table("certificate", "certificate", determined, make)
 
     # ---- scoring
 
@@ -207,8 +218,8 @@ class Bench:
         fit, _ = halves(self.questions)
         for one, two, kind in same_content(self.grid):
             if kind == PAIR_KINDS["seed"]:
-                sides = [questions[cell.label].select(ids=fit["id"]) for cell in (two, one)]
-                return {f"{kind} ({one.domain}-{one.content})": mean_difference(*sides, name=f"{one.domain}: two seeds")}
+                a, b = (questions[cell.label].select(ids=fit["id"]) for cell in (two, one))
+                return {f"{kind} ({one.domain}-{one.content})": mean_difference(a, b, name=f"{one.domain}: two seeds")}
         return {}
 
     def steer(self, directions: Mapping[str, Direction], controls: Mapping[str, Direction], before: Activations) -> dict[str, pd.DataFrame]:
@@ -254,10 +265,10 @@ class Bench:
 def analysis_weights(config: Mapping[str, Any], runs: int, pairs: int) -> dict[str, float]:
     """``{label: rough seconds}`` of the analyses that are kept as pieces; the labels are those that :class:`emlens.study.Study` asks for."""
     return {
-        "overlap": 1.2 * pairs,
+        "overlap": (1.2 + 0.5 * config["geometry"]["n_draws"] / 1000) * pairs,
         "similarity": 0.1 * runs,
-        "overlap against similarity": 0.35 * runs * config["geometry"]["n_permutations"] / 1000,
-        "prediction": 4.0 * pairs * config["predict"]["n_permutations"] / 200,
+        "overlap against similarity": (0.3 + 0.1 * config["geometry"]["n_permutations"] / 1000) * runs,
+        "prediction": 6.0 * pairs * config["predict"]["n_permutations"] / 200,
         "direction": 0.85 * pairs * config["steer"]["n_permutations"] / 1000,
     }
 
