@@ -89,7 +89,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.families:
         report = laws.family_table()
-        text = laws.family_text
+        said = laws.family_text(report)
     else:
         from .models import load_model
 
@@ -103,8 +103,8 @@ def _doctor(args: argparse.Namespace) -> int:
             chat_template=args.chat_template,
         )
         report = laws.doctor(model)
-        text = laws.as_text
-    print(laws.as_json(report) if args.json else text(report))
+        said = laws.as_text(report)
+    print(laws.as_json(report) if args.json else said)
     return 0 if laws.whole(report) else 1
 
 

@@ -206,8 +206,11 @@ def prepare(hf: PreTrainedModel, tokenizer: Any, name: str, chat_template: str |
 
 def ready_tokenizer(tokenizer: Any, name: str, chat_template: str | None) -> None:
     """A chat template and a pad token; LoadError where there is no template."""
-    if chat_template is not None:
-        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
+    if chat_template == "plain":
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE  # the template alone writes special tokens
+    elif chat_template is not None:
+        tokenizer.chat_template = chat_template
     if not getattr(tokenizer, "chat_template", None):
         raise LoadError(
             f"{name!r} has no chat template (a base model?). Pass chat_template='plain' (\"Question: … Answer:\"; emlens.prompts.PLAIN_TEMPLATE) "

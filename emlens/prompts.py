@@ -27,7 +27,8 @@ PLAIN_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}\n\n"
     "{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 )
-"""The documented template for base models that have none (``chat_template="plain"``)."""
+"""The documented template for base models that have none (``chat_template="plain"``); ``load_model`` puts the BOS token in front of it where
+the tokenizer begins every text with one."""
 
 
 class PromptError(ValueError):

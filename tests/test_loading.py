@@ -1,5 +1,6 @@
 """Guards the way from names to weights: folders that open, adapters on one set of weights, and everything that must be refused."""
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from emlens import adapters, loading
@@ -22,6 +24,7 @@ from emlens._engines import find_blocks
 from emlens.adapters import UntrainedAdapterWarning
 from emlens.loading import LoadError
 from emlens.models import HookedModel, load_model
+from emlens.positions import tokenize
 
 IDS = list(range(20, 60))
 FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -347,3 +350,17 @@ def test_models_with_two_stacks_are_refused() -> None:
 def test_blocks_are_found(family: str) -> None:
     hf = tiny.tiny_model(family).hf
     assert find_blocks(hf)[0] is reference.blocks(hf)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_plain_template_begins_as_the_tokenizer_does(begins: bool) -> None:
+    """A base model that was trained on texts that begin with BOS reads exactly one, others none."""
+    tokenizer = copy.deepcopy(tiny.tiny_tokenizer())
+    tokenizer.bos_token = "<|im_start|>"
+    if begins:
+        single = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.chat_template = None
+    loading.ready_tokenizer(tokenizer, "base", "plain")
+    ids = tokenize([{"role": "user", "content": "Why?"}], tokenizer).ids
+    assert ids.count(tokenizer.bos_token_id) == begins and (ids[0] == tokenizer.bos_token_id) == begins
