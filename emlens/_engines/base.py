@@ -1,21 +1,28 @@
 """What every engine can do, and the edits of a residual stream. The one abstract class of the house."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from ..activations import Place
+from ..activations import SINGLE_LAYER_SITES, SITES, Place
 
 Select = Callable[[Float[Tensor, "prompt position d_model"]], Tensor]
 """Chooses, inside the pass, the rows to keep of a batch of residual streams."""
 
 Edit = Callable[[Float[Tensor, "prompt position d_model"]], Float[Tensor, "prompt position d_model"]]
 """Changes a batch of residual streams at one site of one block."""
+
+
+Visit = Callable[[Tensor], Tensor | None]
+"""Sees a stream as it passes; what it returns, if anything, takes its place."""
+
+FLOW = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
+"""The order in which a forward pass comes by."""
 
 
 def adding(vector: Float[Tensor, " d_model"], size: float) -> Edit:
@@ -50,6 +57,9 @@ class Engine(ABC):
     caches: bool = True
     """Whether ``hf`` takes a key-value cache."""
 
+    def __init__(self) -> None:
+        self._open: list[Mapping[tuple[str, int], Edit]] = []
+
     def refresh(self) -> None:
         """Called after adapters were put on or taken off, for engines that keep modules of their own."""
         return
@@ -71,9 +81,60 @@ class Engine(ABC):
                 last block asked for.
         """
 
-    @abstractmethod
-    def editing(self, edits: Mapping[tuple[str, int], Edit]) -> AbstractContextManager[None]:
+    @contextmanager
+    def editing(self, edits: Mapping[tuple[str, int], Edit]) -> Iterator[None]:
         """While it is open, ``edits[site, layer]`` changes that site in every forward pass; afterwards the model is as it was.
 
         Contexts nest: at one site the edits compose in the order of opening.
         """
+        mine = dict(edits)
+        for site, layer in mine:
+            self._check(site, layer)
+        self._open.append(mine)
+        try:
+            self._hang()
+            yield
+        finally:
+            self._open = [one for one in self._open if one is not mine]
+            self._hang()
+
+    def _edits(self) -> list[tuple[str, int, list[Edit]]]:
+        """Everything open: ``(site, layer, edits in the order of opening)``, in the order in which a forward pass comes by."""
+        places = {place for edits in self._open for place in edits}
+        return [(site, layer, [one[site, layer] for one in self._open if (site, layer) in one]) for site, layer in sorted(places, key=self._when)]
+
+    def _when(self, place: tuple[str, int]) -> tuple[int, int]:
+        site, layer = place
+        return (self.n_layers if site == "final_norm" else layer), FLOW.index(site)
+
+    def _check(self, site: str, layer: int) -> None:
+        """ValueError for a place this model does not have."""
+        if site not in SITES:
+            raise ValueError(f"unknown site {site!r}; sites are {', '.join(SITES)}")
+        n = 1 if site in SINGLE_LAYER_SITES else self.n_layers
+        if not 0 <= layer < n:
+            raise ValueError(f"{site!r} has the layers 0 … {n - 1}; {layer} is not among them")
+
+    @abstractmethod
+    def _hang(self) -> None:
+        """Take all edits off and put on those that are open."""
+
+
+def apply_edits(edits: list[Edit], stream: Tensor) -> Tensor:
+    """The edits one after the other; ValueError if one changes the shape."""
+    new = stream
+    for edit in edits:
+        new = edit(new)
+        if new.shape != stream.shape:
+            raise ValueError(f"an edit made {tuple(new.shape)} of a stream of {tuple(stream.shape)}; an edit keeps the shape")
+    return new.to(stream.dtype, copy=True)  # a copy, since what comes next may add to it in place
+
+
+def keeping(kept: dict[int, Tensor], layer: int, select: Select) -> Visit:
+    """A visit that keeps ``select``'s rows of the stream; copies, since what comes next may add to it in place."""
+
+    def keep(stream: Tensor) -> None:
+        rows = select(stream)
+        kept[layer] = rows.clone() if rows.untyped_storage().data_ptr() == stream.untyped_storage().data_ptr() else rows
+
+    return keep

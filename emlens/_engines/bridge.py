@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 
 from ..activations import SITES, Place
-from .base import Select
+from .base import Select, apply_edits, keeping
 from .hooks import INSIDE, Visit
 from .structure import decoder_of
-from .twin import TwinEngine, apply_edits, keeping, twin
+from .twin import TwinEngine, twin
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

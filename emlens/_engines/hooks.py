@@ -1,8 +1,8 @@
 """The default engine: transformers' own forward pass with plain PyTorch hooks on the blocks and on the parts of a block."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,18 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..activations import SINGLE_LAYER_SITES, SITES, Place
-from .base import Edit, Engine, Select
+from ..activations import SITES, Place
+from .base import Engine, Select, Visit, apply_edits, keeping
 from .structure import BlockParts, Part, by_hand, decoder_of, find_blocks, find_parts, stream_in, stream_key, stream_of
-
-Visit = Callable[[Tensor], Tensor | None]
-"""Sees a stream as it passes; what it returns, if anything, takes its place."""
 
 INSIDE = ("attn_out", "mlp_out", "resid_mid")
 """Sites inside a block: their modules are found by a probing pass, the first time one of them is asked for."""
-
-FLOW = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
-"""The order in which a forward pass comes by."""
 
 
 class HooksEngine(Engine):
@@ -36,12 +30,12 @@ class HooksEngine(Engine):
     shares_prefix = True
 
     def __init__(self, hf: PreTrainedModel, parts: Mapping[str, str] | None = None) -> None:
+        super().__init__()
         self.hf = hf
         self.named = by_hand(parts)
         self.blocks, self.norm = find_blocks(hf, self.named)
         self.n_layers = len(self.blocks)
         self.decoder = decoder_of(hf)
-        self._open: list[Mapping[tuple[str, int], Edit]] = []
         self._handles: list[RemovableHandle] = []
 
     @cached_property
@@ -60,18 +54,10 @@ class HooksEngine(Engine):
     def read(self, place: Place, select: Select, **inputs: Any) -> dict[int, Tensor]:
         kept: dict[int, Tensor] = {}
 
-        def keeping(layer: int) -> Visit:
-            def keep(stream: Tensor) -> None:
-                rows = select(stream)
-                alias = rows.untyped_storage().data_ptr() == stream.untyped_storage().data_ptr()
-                kept[layer] = rows.clone() if alias else rows  # what comes next may add to the stream in place
-
-            return keep
-
         handles: list[RemovableHandle] = []
         try:
             for layer in place.layers:
-                handles += self._attach(place.site, layer, keeping(layer))
+                handles += self._attach(place.site, layer, keeping(kept, layer, select))
             if self._may_stop(place, inputs):
                 handles.append(self.blocks[max(place.layers)].register_forward_hook(_stop))
             with torch.no_grad(), suppress(_Enough):
@@ -85,34 +71,15 @@ class HooksEngine(Engine):
         fills = inputs.get("use_cache") and not getattr(inputs.get("past_key_values"), "frozen", False)
         return place.site != "final_norm" and not fills and not hasattr(self.hf, "hf_device_map")
 
-    @contextmanager
-    def editing(self, edits: Mapping[tuple[str, int], Edit]) -> Iterator[None]:
-        mine = dict(edits)
-        for site, layer in mine:
-            self._check(site, layer)
-        self._open.append(mine)
-        try:
-            self._hang()
-            yield
-        finally:
-            self._open = [one for one in self._open if one is not mine]
-            self._hang()
-
     def _hang(self) -> None:
         """One hook a place for all edits that are open, before any hook of others (transformers' own for hidden states, say)."""
         _remove(self._handles)
         self._handles = []
-        places = {place for edits in self._open for place in edits}
-        for site, layer in sorted(places, key=lambda place: FLOW.index(place[0]), reverse=True):  # each is hung before those already there
-            edits = [one[site, layer] for one in self._open if (site, layer) in one]
-            self._handles += self._attach(site, layer, _editing(edits), first=True)
+        for site, layer, edits in reversed(self._edits()):  # each is hung before those already there
+            self._handles += self._attach(site, layer, partial(apply_edits, edits), first=True)
 
     def _check(self, site: str, layer: int) -> None:
-        if site not in SITES:
-            raise ValueError(f"unknown site {site!r}; sites are {', '.join(SITES)}")
-        n = 1 if site in SINGLE_LAYER_SITES else self.n_layers
-        if not 0 <= layer < n:
-            raise ValueError(f"{site!r} has the layers 0 … {n - 1}; {layer} is not among them")
+        super()._check(site, layer)
         parts = self.parts[layer] if site in INSIDE else None
         if site == "resid_mid" and parts and not parts.resid_mid:
             raise ValueError(
@@ -135,18 +102,6 @@ class HooksEngine(Engine):
         if site == "resid_mid":
             return handles + _at_mid(block, parts.resid_mid if first else parts.resid_mid[:1], shape, visit, first)
         return handles + _at_part(block, parts.attn_out if site == "attn_out" else parts.mlp_out, shape, visit, first)
-
-
-def _editing(edits: list[Edit]) -> Visit:
-    def visit(stream: Tensor) -> Tensor:
-        new = stream
-        for edit in edits:
-            new = edit(new)
-            if new.shape != stream.shape:
-                raise ValueError(f"an edit made {tuple(new.shape)} of a stream of {tuple(stream.shape)}; an edit keeps the shape")
-        return new.to(stream.dtype, copy=True)  # a copy, since what comes next may add to it in place
-
-    return visit
 
 
 class _Enough(Exception):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import SITES, Place
-from .base import Select
+from .base import Engine, Select
 from .hooks import INSIDE
 from .structure import find_blocks, stream_in, stream_key, stream_of
-from .twin import KeepsEdits, path_of
+from .twin import path_of
 
 FIELDS = ("input_ids", "attention_mask", "position_ids")
 """Inputs that travel."""
@@ -48,7 +48,7 @@ class Request:
         return f"Request POST {self.url} · {self.envelope} · {len(self.blob):,} bytes"
 
 
-class RemoteEngine(KeepsEdits):
+class RemoteEngine(Engine):
     """Reads and edits a model that runs on NDIF.
 
     Args:

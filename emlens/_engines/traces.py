@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..activations import SITES, Place
-from .base import Select
+from .base import Select, apply_edits, keeping
 from .hooks import INSIDE, Visit
 from .structure import BlockParts, Part, by_hand, decoder_of, find_blocks, find_parts, stream_in, stream_key, stream_of
-from .twin import TwinEngine, apply_edits, keeping, path_of, twin
+from .twin import TwinEngine, path_of, twin
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel

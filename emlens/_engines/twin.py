@@ -2,16 +2,12 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..activations import SINGLE_LAYER_SITES, SITES
-from .base import Edit, Engine, Select
-from .hooks import FLOW, Visit
+from .base import Engine
 
 HOOKS = (
     "_forward_hooks",
@@ -53,48 +49,7 @@ def path_of(root: nn.Module, module: nn.Module) -> str:
     raise KeyError(f"no such {type(module).__name__} below {type(root).__name__}")
 
 
-class KeepsEdits(Engine):
-    """An engine that keeps the open edits itself, in the order of opening, and puts them on whatever it runs."""
-
-    def __init__(self) -> None:
-        self._open: list[Mapping[tuple[str, int], Edit]] = []
-
-    @contextmanager
-    def editing(self, edits: Mapping[tuple[str, int], Edit]) -> Iterator[None]:
-        mine = dict(edits)
-        for site, layer in mine:
-            self._check(site, layer)
-        self._open.append(mine)
-        try:
-            self._hang()
-            yield
-        finally:
-            self._open = [one for one in self._open if one is not mine]
-            self._hang()
-
-    def _edits(self) -> list[tuple[str, int, list[Edit]]]:
-        """Everything open: ``(site, layer, edits in the order of opening)``, in the order in which a forward pass comes by."""
-        places = {place for edits in self._open for place in edits}
-        return [(site, layer, [one[site, layer] for one in self._open if (site, layer) in one]) for site, layer in sorted(places, key=self._when)]
-
-    def _when(self, place: tuple[str, int]) -> tuple[int, int]:
-        site, layer = place
-        return (self.n_layers if site == "final_norm" else layer), FLOW.index(site)
-
-    def _check(self, site: str, layer: int) -> None:
-        """ValueError for a place this model does not have."""
-        if site not in SITES:
-            raise ValueError(f"unknown site {site!r}; sites are {', '.join(SITES)}")
-        n = 1 if site in SINGLE_LAYER_SITES else self.n_layers
-        if not 0 <= layer < n:
-            raise ValueError(f"{site!r} has the layers 0 … {n - 1}; {layer} is not among them")
-
-    @abstractmethod
-    def _hang(self) -> None:
-        """Take all edits off and put on those that are open."""
-
-
-class TwinEngine(KeepsEdits):
+class TwinEngine(Engine):
     """An engine whose library works on a twin: the model itself is never touched by it."""
 
     shares_prefix = True
@@ -112,23 +67,3 @@ class TwinEngine(KeepsEdits):
     @abstractmethod
     def _make(self) -> None:
         """Make the twin and open the library on it."""
-
-
-def apply_edits(edits: list[Edit], stream: Tensor) -> Tensor:
-    """The edits one after the other; ValueError if one changes the shape."""
-    new = stream
-    for edit in edits:
-        new = edit(new)
-        if new.shape != stream.shape:
-            raise ValueError(f"an edit made {tuple(new.shape)} of a stream of {tuple(stream.shape)}; an edit keeps the shape")
-    return new.to(stream.dtype, copy=True)  # a copy, since what comes next may add to it in place
-
-
-def keeping(kept: dict[int, Tensor], layer: int, select: Select) -> Visit:
-    """A visit that keeps ``select``'s rows of the stream; copies, since what comes next may add to it in place."""
-
-    def keep(stream: Tensor) -> None:
-        rows = select(stream)
-        kept[layer] = rows.clone() if rows.untyped_storage().data_ptr() == stream.untyped_storage().data_ptr() else rows
-
-    return keep
