@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 import emlens as em
-from emlens._passes import TOKEN_BUDGET, padded
+from emlens._passes import padded
+from emlens._recording import BUDGET
 
 BATCH = 16
 
@@ -106,7 +107,7 @@ def rivals(model: Any, rows: list[list[int]], names: list[str]) -> dict[str, Cal
 def matmul_limit(model: Any, tokens: int) -> float:
     """Seconds for every linear module of the blocks on its own shape, ``tokens`` tokens in batches of the token budget."""
     linear = [m for n, m in model.engine.blocks.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
-    budget = TOKEN_BUDGET
+    budget = BUDGET["cpu"]
     inputs = {m.in_features: torch.randn(budget, m.in_features, dtype=model.hf.dtype) for m in linear}
     with torch.no_grad():
         started = time.perf_counter()
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rivals", default="plain,hidden,bridge,nnsight")
-    parser.add_argument("--budget", type=int, default=TOKEN_BUDGET)
+    parser.add_argument("--budget", type=int, default=BUDGET["cpu"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model = em.load_model(args.model)
