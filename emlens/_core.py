@@ -1,7 +1,7 @@
 """What every verb of a model stands on: weights, tokenizer, adapters, an engine, and prompts made into tokens."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,8 @@ class Core:
         self.engine: Engine = open_engine(engine, hf, tokenizer, parts) if isinstance(engine, str) else engine
         self.caching = self.engine.caches
         """False while something is open that needs whole sequences in one pass (a patch): no KV cache, no shared prefix."""
+        self._listening: tuple[Callable[[Tokens], None], ...] = ()
+        """Told of every prompt before it is run (a patch that is open, by which it finds the tokens again)."""
         self.edits: list[Mapping[str, Any]] = []
         """What is open (steering, ablation, a patch): part of the identity of everything made meanwhile."""
 
@@ -168,16 +170,19 @@ class Core:
         out = []
         for identity, messages in zip(prompts["id"], prompts["messages"], strict=True):
             tokens = tokenize(messages, self.tokenizer, None if response else "")
-            self._check_length(tokens, str(identity))
+            self._meet(tokens, str(identity))
             out.append(tokens)
         return out
 
-    def _check_length(self, tokens: Tokens, identity: str, extra: int = 0) -> None:
+    def _meet(self, tokens: Tokens, identity: str, extra: int = 0) -> None:
+        """A prompt that will be run, with ``extra`` tokens to be generated: refused if it is too long, else made known to whoever listens."""
         if len(tokens.ids) + extra > self.max_tokens:
             raise ValueError(
                 f"prompt {identity!r} has {len(tokens.ids)} tokens{f' and {extra} are to be generated' if extra else ''}; "
                 f"{self.name} reads at most {self.max_tokens}. Shorten it or choose a model with a longer context."
             )
+        for hear in self._listening:
+            hear(tokens)
 
 
 def as_table(prompts: Any) -> pd.DataFrame:

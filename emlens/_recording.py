@@ -1,9 +1,10 @@
 """Reading activations: the batch plan, the shared prefix, several variants from the same batches, in memory or into a store."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from . import store
 from ._core import Core, as_table
-from ._engines import Engine, find_blocks
+from ._engines import Engine
 from ._passes import bar, every_row, mean_row, padded, plan
 from .activations import Activations, Place, write_facts
 from .adapters import On, label
@@ -39,6 +40,9 @@ NAMES_ONLY = ("model", "noise_floor")
 
 class Recording(Core):
     """The verb that reads."""
+
+    _prefix_is_exact: bool | None = None
+    """Whether this model may share a prefix: measured once, the first time there is one."""
 
     def record(
         self,
@@ -90,7 +94,7 @@ class Recording(Core):
             self.pad,
             self.device,
             budget or BUDGET.get(self.device.type, BUDGET["cuda"]),
-            shared=prefix and self.caching,
+            self._shared_prefix(tokens) if prefix else (),
         )
         facts = self._facts(table, tokens, place)
         said = self._said(reader, table)
@@ -99,6 +103,13 @@ class Recording(Core):
             self._fill(reader, variants, sinks)
         found = [sink.finished() for sink in sinks]
         return found if adapters is not None else found[0]
+
+    def _shared_prefix(self, tokens: Sequence[Tokens]) -> tuple[int, ...]:
+        """What all prompts begin with, if this model gives the same with it computed once; else nothing."""
+        shared = common_prefix(tokens) if self.caching and self.engine.shares_prefix else ()
+        if shared and self._prefix_is_exact is None:
+            self._prefix_is_exact = sharing_is_exact(self.engine, tokens[0].ids, self.device)
+        return shared if self._prefix_is_exact else ()
 
     def _fill(self, reader: "Reader", variants: Sequence[On], sinks: Sequence["Memory | Kept"]) -> None:
         todo = [b for b in range(len(reader.batches)) if not all(sink.has(b) for sink in sinks)]
@@ -122,20 +133,21 @@ class Recording(Core):
         }
 
     def _sink(self, stack: ExitStack, folder: Any, reader: "Reader", facts: pd.DataFrame, meta: dict[str, Any], variant: On) -> "Memory | Kept":
-        if self.dtype in ("bfloat16", "float16") and self.engine.name == "hooks" and "quantization" not in self.identity:
-            meta = {**meta, "noise_floor": self._noise_floor(reader, variant)}
-        if folder is None:
-            return Memory(reader, facts, meta)
-        return Kept(stack, Path(folder), reader, facts, meta)
+        measure = partial(self._noise, reader, variant)
+        return Memory(reader, facts, meta, measure) if folder is None else Kept(stack, Path(folder), reader, facts, meta, measure)
 
-    def _noise_floor(self, reader: "Reader", variant: On) -> dict[int, float]:
-        """Per layer, the rms difference of what 16 bits and what float32 arithmetic make of the same weights, on the first prompts."""
+    def _noise(self, reader: "Reader", variant: On) -> dict[str, dict[int, float]]:
+        """``noise_floor`` of 16-bit weights: per layer, the rms difference of what 16 bits and what float32 arithmetic make of the same weights,
+        on the first prompts. Nothing for other weights."""
+        if self.dtype not in ("bfloat16", "float16") or self.engine.name != "hooks" or "quantization" in self.identity:
+            return {}
         few = reader.only(range(min(NOISE_PROMPTS, len(reader.tokens))))
         with self.using(variant):
             rounded = few.read_all()
-            with in_float32(self.engine.hf):
+            with in_float32(self.engine):
                 exact = few.read_all()
-        return dict(zip(reader.place.layers, np.sqrt(np.square(rounded - exact).mean(axis=(0, 2))).tolist(), strict=True))
+        rms = np.sqrt(np.square(rounded - exact).mean(axis=(0, 2))).tolist()
+        return {"noise_floor": dict(zip(reader.place.layers, rms, strict=True))}
 
     def _facts(self, table: pd.DataFrame, tokens: Sequence[Tokens], place: Place) -> pd.DataFrame:
         facts = table[[c for c in table.columns if c != "messages" and not table[c].map(_is_nested).any()]].reset_index(drop=True)
@@ -159,12 +171,12 @@ class Reader:
         pad: int,
         device: torch.device,
         budget: int,
-        shared: bool,
+        prefix: tuple[int, ...] = (),
     ) -> None:
         self.engine, self.tokens, self.rows, self.place, self.pad, self.device, self.budget = engine, tokens, rows, place, pad, device, budget
         self.per_token = place.position == "all"
         self.d_model = int(engine.hf.config.get_text_config().hidden_size)
-        self.prefix = common_prefix(tokens) if shared and engine.shares_prefix and sharing_is_exact(engine, tokens[0].ids, device) else ()
+        self.prefix = prefix
         self.batches = plan([len(t.ids) - len(self.prefix) for t in tokens], budget)
         counts = [len(r) for r in rows] if self.per_token else [1] * len(rows)
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -179,7 +191,7 @@ class Reader:
         """The same place read for a few of the prompts, without sharing a prefix."""
         chosen = list(rows)
         tokens, at = [self.tokens[i] for i in chosen], [self.rows[i] for i in chosen]
-        return Reader(self.engine, tokens, at, self.place, self.pad, self.device, self.budget, shared=False)
+        return Reader(self.engine, tokens, at, self.place, self.pad, self.device, self.budget)
 
     def numbers(self, batch: int) -> list[int]:
         """Row numbers of the recording that a batch fills, in the order it reads them."""
@@ -266,8 +278,6 @@ def _frozen(layer: Any, n: int) -> Any:
 
 def sharing_is_exact(engine: Engine, ids: Sequence[int], device: torch.device) -> bool:
     """Whether this model gives the same stream with a prefix computed before as in one pass (state spaces and odd masks do not)."""
-    if len(ids) < 4:
-        return False
     half, place = len(ids) // 2, Place("resid_post", (engine.n_layers - 1,), "last")
     everything = torch.tensor([list(ids)], device=device)
     cache = DynamicCache(config=engine.hf.config)
@@ -284,9 +294,8 @@ def sharing_is_exact(engine: Engine, ids: Sequence[int], device: torch.device) -
 
 
 @contextmanager
-def in_float32(hf: Any) -> Iterator[None]:
+def in_float32(engine: Any) -> Iterator[None]:
     """The same weights in float32 arithmetic: each block's parameters are widened while it runs, then they are the old tensors again."""
-    blocks, norm = find_blocks(hf)
     handles: list[Any] = []
     narrow: dict[torch.nn.Parameter, Tensor] = {}
 
@@ -301,8 +310,8 @@ def in_float32(hf: Any) -> Iterator[None]:
             parameter.data = narrow.pop(parameter)
 
     try:
-        handles.append(hf.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float()))
-        for module in [*blocks, norm]:
+        handles.append(engine.hf.get_input_embeddings().register_forward_hook(lambda _, __, out: out.float()))
+        for module in [*engine.blocks, engine.norm]:
             handles += [module.register_forward_pre_hook(widen, with_kwargs=True), module.register_forward_hook(narrowed)]
         yield
     finally:
@@ -322,10 +331,10 @@ def _float(value: Any) -> Any:
 
 
 class Memory:
-    """An array in memory."""
+    """An array in memory; ``measure`` adds what is measured on it to its meta."""
 
-    def __init__(self, reader: Reader, facts: pd.DataFrame, meta: dict[str, Any]) -> None:
-        self.place, self.facts, self.meta = reader.place, facts, meta
+    def __init__(self, reader: Reader, facts: pd.DataFrame, meta: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        self.place, self.facts, self.meta = reader.place, facts, {**meta, **measure()}
         self.values = np.empty((*reader.shape, reader.d_model), dtype=np.float32)
         self.n_bytes = self.values.nbytes
 
@@ -340,16 +349,18 @@ class Memory:
 
 
 class Kept:
-    """An entry of a store that grows batch by batch; one that is whole is only read back."""
+    """An entry of a store that grows batch by batch; one that is whole is only read back, and nothing is measured anew."""
 
-    def __init__(self, stack: ExitStack, folder: Path, reader: Reader, facts: pd.DataFrame, meta: dict[str, Any]) -> None:
+    def __init__(
+        self, stack: ExitStack, folder: Path, reader: Reader, facts: pd.DataFrame, meta: dict[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> None:
         place = {"site": reader.place.site, "layers": reader.place.layers, "position": reader.place.position}
         self.entry = folder / store.key("activations", **place, **{k: v for k, v in meta.items() if k not in NAMES_ONLY})
         self.whole = (self.entry / store.MANIFEST).exists()
         shape = (*reader.shape, reader.d_model)
         self.n_bytes = 0 if self.whole else 4 * int(np.prod(shape))
         if not self.whole:
-            made_by = {"kind": "activations", **place, "meta": meta}
+            made_by: dict[str, Any] = {"kind": "activations", **place, "meta": {**meta, **measure()}}
             self.growing = stack.enter_context(store.growing(self.entry, made_by, shape, aside=NAMES_ONLY))
             write_facts(facts, self.growing.folder)
 

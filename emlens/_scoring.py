@@ -40,7 +40,7 @@ class Scoring(Core):
         tokens = []
         for identity, messages, response in zip(table["id"], table["messages"], given, strict=True):
             coded = tokenize(messages, self.tokenizer, response)
-            self._check_length(coded, str(identity))
+            self._meet(coded, str(identity))
             if len(coded.ids) == coded.n_prompt:
                 raise ValueError(f"prompt {identity!r} has no response; end its messages with one of role 'assistant', or pass responses=")
             tokens.append(coded)
@@ -110,7 +110,7 @@ class Scoring(Core):
             raise ValueError(f"{n} greedy answers to one prompt are the same answer; give temperature=1.0, or n=1")
         tokens = self._tokens(table, response=False)
         for t, identity in zip(tokens, table["id"], strict=True):
-            self._check_length(t, str(identity), max_new_tokens)
+            self._meet(t, str(identity), max_new_tokens)
         ends = {self.tokenizer.eos_token_id, *_as_list(getattr(self.hf.generation_config, "eos_token_id", None))} - {None}
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
         config = GenerationConfig(

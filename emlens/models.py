@@ -1,6 +1,6 @@
 """HookedModel: one set of weights, any number of adapters, and the verbs: record, log_likelihood, margin, generate, steer, ablate, patch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -18,7 +18,7 @@ from ._scoring import Scoring
 from .activations import Activations
 from .adapters import On
 from .directions import Direction
-from .positions import Position, Tokens
+from .positions import Position
 from .prompts import load_prompts
 
 
@@ -106,8 +106,6 @@ class HookedModel(Recording, Scoring):
     _norms: np.ndarray | None = None
     _bridge: Any = None
     _nnsight: Any = None
-    _listening: tuple[Callable[[Tokens], None], ...] = ()
-    """Told of every prompt before it is run (a patch that is open, by which it finds the tokens again)."""
     _bare: HooksEngine | None = None
     """The same weights with nothing open on them (:func:`emlens.patching.bare_engine`)."""
 
@@ -276,11 +274,6 @@ class HookedModel(Recording, Scoring):
     def _modules_changed(self) -> None:
         self._bare = self._bridge = self._nnsight = None
         super()._modules_changed()
-
-    def _check_length(self, tokens: Tokens, identity: str, extra: int = 0) -> None:
-        super()._check_length(tokens, identity, extra)
-        for hear in self._listening:
-            hear(tokens)
 
     def _vector(self, direction: Direction, layer: int) -> Float[Tensor, " d_model"]:
         vector = torch.from_numpy(np.asarray(direction.layer(layer), dtype=np.float32))

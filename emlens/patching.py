@@ -248,7 +248,7 @@ class _Cells:
         texts, self.weights = _contrast(row, metric) if isinstance(metric, str) else ([""], [1.0])
         coded = [tokenize(row["messages"], model.tokenizer, text) for text in texts]
         for tokens in coded:
-            model._check_length(tokens, self.identity)
+            model._meet(tokens, self.identity)
         self.prompt, self.n_prompt = coded[0], coded[0].n_prompt
         self.at = token_rows(self.prompt, position, self.identity)
         self.answers = [tokens.ids[self.n_prompt :] for tokens in coded]

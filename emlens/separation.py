@@ -54,18 +54,8 @@ def held_out_separation(
         projections = _held_out_projections(x @ x.T, labels, folds)
         low, high = _separation_ends(projections[0], sides, level, seed)
         found.append((_separations(projections, labels, sides.paired), low, high))
-    return stats.result(
-        _separation_rows(a.layers, sides, found, level),
-        ["layer"],
-        what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts by their mean difference, {a.place}",
-        correction="max-statistic",
-        family=["metric"],
-        seed=seed,
-        n_splits=n_splits,
-        n_permutations=n_permutations,
-        interval=f"{level:.0%}, bootstrap over {groups or 'prompts'} of held-out projections, given the directions",
-        null={"labels permuted": nulls.describe("labels permuted") + (f"; groups: {groups}" if groups else "")},
-    )
+    how = f"by their mean difference, {a.place}"
+    return _as_result(a, b, sides, found, how, "", groups, level, seed=seed, n_splits=n_splits, n_permutations=n_permutations)
 
 
 @one_thread
@@ -113,17 +103,24 @@ def transferred_separation(
                 projection[~fit] += (x[~fit] - x[fit].mean(axis=0)) @ direction / length / len(folds)
         low, high = _separation_ends(projection, sides, level, seed)
         found.append((_separations(np.tile(projection, (len(labels), 1)), labels, True), low, high))
+    how = f"by the mean difference of two other sides, {a.place}"
+    told = "; the direction is not refitted"
+    return _as_result(a, b, sides, found, how, told, groups, level, seed=seed, n_splits=n_splits, n_permutations=n_permutations)
+
+
+def _as_result(
+    a: Activations, b: Activations, sides: "_Sides", found: Sequence[Any], how: str, told: str, groups: str | None, level: float, **settings: int
+) -> stats.Result:
+    """Per layer ``(separations of the labels and of every draw, low, high)`` as a Result; ``how`` and ``told`` end its texts."""
     return stats.result(
         _separation_rows(a.layers, sides, found, level),
         ["layer"],
-        what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts by the mean difference of two other sides, {a.place}",
+        what=f"held-out separation of {a.n_prompts} and {b.n_prompts} prompts {how}",
         correction="max-statistic",
         family=["metric"],
-        seed=seed,
-        n_splits=n_splits,
-        n_permutations=n_permutations,
         interval=f"{level:.0%}, bootstrap over {groups or 'prompts'} of held-out projections, given the directions",
-        null={"labels permuted": nulls.describe("labels permuted") + "; the direction is not refitted" + (f"; groups: {groups}" if groups else "")},
+        null={"labels permuted": nulls.describe("labels permuted") + told + (f"; groups: {groups}" if groups else "")},
+        **settings,
     )
 
 

@@ -224,9 +224,9 @@ def paired(
 
     Returns difference (mean), low, high (bootstrap, whole clusters when given), p with null_low and null_high (sign
     flips, two-sided: differences are symmetric about 0; whole clusters flip together when given), cohen_dz (mean / sd
-    of the differences), rank_biserial (Kerby 2014), wilcoxon_p (signed ranks; knows nothing of clusters), n, n_clusters
-    and exact. When all 2^G flips number at most `n_permutations` they are enumerated and p is exact (8 categories: the
-    smallest possible p is 2/256); else they are sampled with the +1 rule.
+    of the differences), rank_biserial (Kerby 2014), wilcoxon_p (signed ranks; knows nothing of clusters), n, n_clusters,
+    exact and p_floor (the smallest p there can be). When all 2^G flips number at most `n_permutations` they are
+    enumerated and p is exact (8 categories: the smallest possible p is 2/256); else they are sampled with the +1 rule.
     """
     x, y = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1 or len(x) == 0:
@@ -264,6 +264,7 @@ def paired(
         "n": n,
         "n_clusters": n_groups,
         "exact": exact,
+        "p_floor": 2 / 2**n_groups if exact else 1 / (n_permutations + 1),
     }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import reference
 import torch
+import twins
 from tiny import VOCAB, tiny_hf, tiny_tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, HeliumConfig
+from transformers import AutoModelForCausalLM, HeliumConfig
 from twins import ADAPTERS, GREEDY, SITES, adapted, batch, everywhere, grow, left, logits, moved, real, relative, state
 
 from emlens._engines import HooksEngine, bridge, find_blocks
@@ -83,13 +84,7 @@ def test_a_hook_point_that_shows_something_else_is_refused(monkeypatch: pytest.M
 
 def test_a_shared_prefix_is_no_prefix() -> None:
     for family in ("llama", "gemma3_text", "gpt2"):
-        made, ids = opened(family)[0], batch()["input_ids"][:1]
-        cache_ = DynamicCache(config=made.hf.config)
-        ones, place = torch.ones_like(ids), everywhere("resid_post")
-        made.read(place, lambda h: h[:, -1], input_ids=ids[:, :20], attention_mask=ones[:, :20], past_key_values=cache_, use_cache=True)
-        rest = made.read(place, lambda h: h[:, -1], input_ids=ids[:, 20:], attention_mask=ones, past_key_values=cache_, use_cache=True)
-        whole = made.read(place, lambda h: h[:, -1], input_ids=ids, attention_mask=ones)
-        assert max(relative(rest[layer], whole[layer]) for layer in whole) < TOLERANCE
+        twins.a_shared_prefix_is_no_prefix(opened(family)[0], TOLERANCE)
 
 
 # ---- edits
@@ -97,17 +92,7 @@ def test_a_shared_prefix_is_no_prefix() -> None:
 
 @EACH
 def test_edits_are_those_of_the_hooks(family: str) -> None:
-    made, hooks = opened(family)
-    inputs, plain = batch(), logits(opened(family)[0].hf, batch())
-    with switched(made.original, None):
-        for site in made.sites:
-            edits = {(site, 0 if site in ("embed", "final_norm") else 2): moved}
-            with made.editing(edits), hooks.editing(edits):
-                assert relative(logits(made.hf, inputs), found := logits(made.original, inputs)) < TOLERANCE, site
-                assert relative(found, plain) > 0.01, site
-                ours, theirs = (one.read(everywhere(site), real(inputs), **inputs) for one in (made, hooks))
-                assert max(relative(ours[layer], theirs[layer]) for layer in theirs) < TOLERANCE, site
-            assert torch.equal(logits(made.hf, inputs), plain)
+    twins.edits_are_those_of_the_hooks(*opened(family), TOLERANCE)
 
 
 def test_what_attention_added_is_read_without_an_edit_of_the_stream_after_it() -> None:
@@ -144,17 +129,7 @@ def test_edits_compose_in_the_order_of_opening_and_leave_nothing() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
 def test_generation_is_edited_with_and_without_a_cache(family: str) -> None:
-    made, hooks = opened(family)
-    inputs, edits = left(batch()), {("resid_post", 1): moved}
-    bare = copy.deepcopy(GREEDY)
-    bare.use_cache = False
-    with switched(made.hf, "one"), switched(made.original, "one"):
-        assert torch.equal(made.hf.generate(**inputs, generation_config=GREEDY), plain := made.original.generate(**inputs, generation_config=GREEDY))
-        with made.editing(edits), hooks.editing(edits):
-            ours = made.hf.generate(**inputs, generation_config=GREEDY)
-            assert torch.equal(ours, made.original.generate(**inputs, generation_config=GREEDY))
-            assert torch.equal(ours, made.hf.generate(**inputs, generation_config=bare))
-    assert not torch.equal(ours, plain)
+    twins.generation_is_edited_with_and_without_a_cache(*opened(family))
 
 
 # ---- heads, patterns, lens

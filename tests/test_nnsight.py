@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+import twins
 from nnsight import CONFIG, NNsight
 from tiny import tiny_hf, tiny_tokenizer
 from torch import Tensor
@@ -73,12 +74,7 @@ def test_sites_are_those_of_the_family() -> None:
 
 
 def test_a_shared_prefix_is_no_prefix() -> None:
-    made, ids = opened("llama")[0], batch()["input_ids"][:1]
-    kept, ones, place = DynamicCache(config=made.hf.config), torch.ones_like(ids), everywhere("resid_post")
-    made.read(place, lambda h: h[:, -1], input_ids=ids[:, :20], attention_mask=ones[:, :20], past_key_values=kept, use_cache=True)
-    rest = made.read(place, lambda h: h[:, -1], input_ids=ids[:, 20:], attention_mask=ones, past_key_values=kept, use_cache=True)
-    whole = made.read(place, lambda h: h[:, -1], input_ids=ids, attention_mask=ones)
-    assert max(relative(rest[layer], whole[layer]) for layer in whole) < TOLERANCE
+    twins.a_shared_prefix_is_no_prefix(opened("llama")[0], TOLERANCE)
 
 
 # ---- edits
@@ -86,17 +82,7 @@ def test_a_shared_prefix_is_no_prefix() -> None:
 
 @EACH
 def test_edits_are_those_of_the_hooks(family: str) -> None:
-    made, hooks = opened(family)
-    inputs, plain = batch(), logits(made.hf, batch())
-    with switched(made.original, None):
-        for site in made.sites:
-            edits = {(site, 0 if site in ("embed", "final_norm") else 2): moved}
-            with made.editing(edits), hooks.editing(edits):
-                assert relative(logits(made.hf, inputs), found := logits(made.original, inputs)) < TOLERANCE, site
-                assert relative(found, plain) > 0.01, site
-                ours, theirs = (one.read(everywhere(site), real(inputs), **inputs) for one in (made, hooks))
-                assert max(relative(ours[layer], theirs[layer]) for layer in theirs) < TOLERANCE, site
-            assert torch.equal(logits(made.hf, inputs), plain)
+    twins.edits_are_those_of_the_hooks(*opened(family), TOLERANCE)
 
 
 def test_edits_compose_in_the_order_of_opening_and_leave_nothing() -> None:
@@ -120,17 +106,7 @@ def test_edits_compose_in_the_order_of_opening_and_leave_nothing() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
 def test_generation_is_edited_with_and_without_a_cache(family: str) -> None:
-    made, hooks = opened(family)
-    inputs, edits = left(batch()), {("resid_post", 1): moved}
-    bare = copy.deepcopy(GREEDY)
-    bare.use_cache = False
-    with switched(made.hf, "one"), switched(made.original, "one"):
-        assert torch.equal(made.hf.generate(**inputs, generation_config=GREEDY), plain := made.original.generate(**inputs, generation_config=GREEDY))
-        with made.editing(edits), hooks.editing(edits):
-            ours = made.hf.generate(**inputs, generation_config=GREEDY)
-            assert torch.equal(ours, made.original.generate(**inputs, generation_config=GREEDY))
-            assert torch.equal(ours, made.hf.generate(**inputs, generation_config=bare))
-    assert not torch.equal(ours, plain)
+    twins.generation_is_edited_with_and_without_a_cache(*opened(family))
 
 
 # ---- nnsight's own model

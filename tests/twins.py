@@ -1,16 +1,17 @@
-"""For the tests of the engines that work on a twin: models with adapters, prompts, and what must stay as it was."""
+"""For the tests of the engines that work on a twin: models with adapters, prompts, what must stay as it was, and the laws both engines keep."""
 
+import copy
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from tiny import VOCAB, tiny_hf
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from emlens.activations import Place
-from emlens.adapters import Adapters
+from emlens.adapters import Adapters, switched
 
 GREEDY = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=2)
 SITES = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
@@ -98,3 +99,44 @@ def state(hf: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
         "random": torch.get_rng_state().tolist(),
         "process": (transformers_logging.get_verbosity(), torch.is_grad_enabled(), torch.get_default_dtype()),
     }
+
+
+# ---- laws of every engine on a twin
+
+
+def edits_are_those_of_the_hooks(made: Any, hooks: Any, tolerance: float) -> None:
+    """At every site an edit changes logits and streams as the hooks engine's does, and nothing is left of it."""
+    inputs, plain = batch(), logits(made.hf, batch())
+    with switched(made.original, None):
+        for site in made.sites:
+            edits = {(site, 0 if site in ("embed", "final_norm") else 2): moved}
+            with made.editing(edits), hooks.editing(edits):
+                assert relative(logits(made.hf, inputs), found := logits(made.original, inputs)) < tolerance, site
+                assert relative(found, plain) > 0.01, site
+                ours, theirs = (one.read(everywhere(site), real(inputs), **inputs) for one in (made, hooks))
+                assert max(relative(ours[layer], theirs[layer]) for layer in theirs) < tolerance, site
+            assert torch.equal(logits(made.hf, inputs), plain)
+
+
+def generation_is_edited_with_and_without_a_cache(made: Any, hooks: Any) -> None:
+    """Greedy text of an edited, adapted, left-padded batch is the hooks engine's, cached or not, and not the plain one."""
+    inputs, edits = left(batch()), {("resid_post", 1): moved}
+    bare = copy.deepcopy(GREEDY)
+    bare.use_cache = False
+    with switched(made.hf, "one"), switched(made.original, "one"):
+        assert torch.equal(made.hf.generate(**inputs, generation_config=GREEDY), plain := made.original.generate(**inputs, generation_config=GREEDY))
+        with made.editing(edits), hooks.editing(edits):
+            ours = made.hf.generate(**inputs, generation_config=GREEDY)
+            assert torch.equal(ours, made.original.generate(**inputs, generation_config=GREEDY))
+            assert torch.equal(ours, made.hf.generate(**inputs, generation_config=bare))
+    assert not torch.equal(ours, plain)
+
+
+def a_shared_prefix_is_no_prefix(made: Any, tolerance: float) -> None:
+    """The stream after a prefix whose keys and values are given is that of the whole sequence."""
+    ids = batch()["input_ids"][:1]
+    kept, ones, place = DynamicCache(config=made.hf.config), torch.ones_like(ids), everywhere("resid_post")
+    made.read(place, lambda h: h[:, -1], input_ids=ids[:, :20], attention_mask=ones[:, :20], past_key_values=kept, use_cache=True)
+    rest = made.read(place, lambda h: h[:, -1], input_ids=ids[:, 20:], attention_mask=ones, past_key_values=kept, use_cache=True)
+    whole = made.read(place, lambda h: h[:, -1], input_ids=ids, attention_mask=ones)
+    assert max(relative(rest[layer], whole[layer]) for layer in whole) < tolerance
