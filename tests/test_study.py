@@ -359,6 +359,7 @@ def test_a_folder_of_another_version_and_a_file_are_refused(study_file, tmp_path
         ({"tune": {"runs": [{"data": "emlens:money-bad", "domain": "money", "content": "wicked"}]}}, "wicked"),
         ({"tune": {"learnin_rate": 1, "runs": CONFIG["tune"]["runs"]}}, "learnin_rate"),
         ({"tune": {"runs": CONFIG["tune"]["runs"][:1] * 2}}, "same domain"),
+        ({"tune": {"runs": [{"data": "emlens:money-bad", "domain": "money", "content": "bad"}]}}, "none of the runs.*sound twin"),
     ],
 )
 def test_a_bad_study_file_is_refused_with_the_key(tmp_path, change, said):

@@ -65,7 +65,7 @@ def legend(fig: go.Figure) -> str:
         if trace.type != "scatter" or not trace.name or trace.showlegend is False:
             continue
         items.append(
-            '<span style="white-space:nowrap;margin-right:1.1em"><svg width="30" height="12" aria-hidden="true" '
+            '<span style="display:inline-block;max-width:100%;margin-right:1.1em"><svg width="30" height="12" aria-hidden="true" '
             f'style="vertical-align:-1px;margin-right:.35em">{_swatch(trace)}</svg>{trace.name}</span>'
         )
     inner = " ".join(items)

@@ -100,7 +100,13 @@ def _margin_change(folder: Folder) -> Drawn:
         for row in named[named["comparison"] == "bad minus sound"].to_dict("records")
         if "cohen_dz" in row and "rank_biserial" in row
     ]
-    figure = plots.paired(named, ["run", "comparison"], color="comparison")
+    control = named["role"] == "control"
+    short = "minus " + named["comparison"].str.split(" minus ").str[-1]  # the run it is of stands in the line above
+    drawn = named.assign(
+        beside=named["comparison"].mask(control, short),
+        comparison=named["comparison"].mask(control, "control: two runs on the same rows"),
+    )
+    figure = plots.paired(drawn, ["run", "beside"], color="comparison")
     effect = f"Effect size, Cohen's d_z / rank-biserial: {'; '.join(sizes)}." if sizes else ""
     return figure, named, [*_tested(rows, "questions"), effect]
 

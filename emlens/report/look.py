@@ -23,7 +23,8 @@ nav a { margin-right: .9em; white-space: nowrap; }
 .claim { font-size: 1.05rem; font-weight: 600; line-height: 1.4; margin: 0 0 .3rem; }
 .topic { display: block; font-size: .84rem; font-weight: 400; color: var(--soft); text-decoration: none; }
 .topic:hover { text-decoration: underline; }
-.evidence { margin: .25rem 0 0; padding-left: 1.1em; font-size: .88rem; line-height: 1.5; color: #3d444d; }
+.evidence { margin: .1rem 0 0; font-size: .88rem; }
+.evidence ul { margin: .1rem 0 0; padding-left: 1.1em; line-height: 1.5; color: #3d444d; }
 .evidence li { margin: .12rem 0; }
 .chip { display: inline-block; align-self: start; justify-self: start; margin-top: .15rem; padding: .12rem .6rem;
   border-radius: 999px; border: 1px solid; font-size: .82rem; font-weight: 600; white-space: nowrap; }
@@ -79,6 +80,7 @@ code { font-size: .92em; }
 """
 
 DRAW = """
+addEventListener("beforeprint", () => document.querySelectorAll(".evidence").forEach((each) => { each.open = true; }));
 for (const box of document.querySelectorAll("[data-figure]")) {
   const spec = JSON.parse(document.getElementById(box.dataset.figure).textContent);
   Plotly.newPlot(box, spec.data, spec.layout, CONFIG);

@@ -132,12 +132,14 @@ def _question(folder: Folder) -> str:
 
 def _findings(found: Sequence[Finding]) -> str:
     tally = Counter(finding.verdict for finding in found)
-    words = listed([f"{tally[name]} {name}" for name in ("found", "mixed", "not found", "description") if tally[name]])
+    names = {"found": "found", "mixed": "mixed", "not found": "not found", "description": plural("description", tally["description"])}
+    words = listed([f"{tally[verdict]} {name}" for verdict, name in names.items() if tally[verdict]])
     items = "".join(
         f'<li><span class="chip {each.verdict.replace(" ", "-")}">{each.verdict}</span><div>'
         f'<a class="topic" href="#{_text(each.section)}">{_text(each.topic)}</a>'
         f'<p class="claim">{_text(each.claim)}</p>'
-        f'<ul class="evidence">{"".join(f"<li>{_kept_together(line)}</li>" for line in each.evidence)}</ul></div></li>'
+        f'<details class="evidence"><summary>Numbers</summary><ul>{"".join(f"<li>{_kept_together(line)}</li>" for line in each.evidence)}</ul>'
+        "</details></div></li>"
         for each in found
     )
     head = f"{len(found)} {plural('question', len(found))} asked: {words}." if found else "No table to find anything in."

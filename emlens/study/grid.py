@@ -87,7 +87,12 @@ def read_config(source: str | os.PathLike, quick: bool = False) -> dict[str, Any
         missing = [k for k in keys if k not in config[section]]
         if missing:
             raise StudyError(f"{path.name}: section {section!r} lacks {missing}")
-    cells(config)
+    grid = cells(config)
+    if not twins(grid):
+        raise StudyError(
+            f"{path.name}: none of the runs {[c.label for c in grid]} is a pair; every comparison is of bad advice with its sound twin: name at "
+            "least one run with content: bad and one with content: sound, of the same domain, schedule, seed and recipe"
+        )
     return config
 
 
