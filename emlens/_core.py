@@ -45,6 +45,8 @@ class Core:
         self.engine: Engine = open_engine(engine, hf, tokenizer, parts) if isinstance(engine, str) else engine
         self.caching = self.engine.caches
         """False while something is open that needs whole sequences in one pass (a patch): no KV cache, no shared prefix."""
+        self.sharing = True
+        """False while something is open that finds its tokens by the prompt they begin with: no shared prefix."""
         self._listening: tuple[Callable[[Tokens], None], ...] = ()
         """Told of every prompt before it is run (a patch that is open, by which it finds the tokens again)."""
         self.edits: list[Mapping[str, Any]] = []
@@ -159,6 +161,17 @@ class Core:
             finally:
                 self.edits.remove(said)
 
+    @contextmanager
+    def _hearing(self, hear: Callable[[Tokens], None], **without: bool) -> Iterator[None]:
+        """``hear`` is told of every prompt that will be run in the block; ``caching=False``, ``sharing=False``: without that meanwhile."""
+        before = {name: getattr(self, name) for name in ("_listening", *without)}
+        self._listening = (*self._listening, hear)
+        vars(self).update(without)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
     # ---- tokens
 
     def tokenize(self, prompts: Any) -> dict[str, Tensor]:
@@ -181,6 +194,10 @@ class Core:
                 f"prompt {identity!r} has {len(tokens.ids)} tokens{f' and {extra} are to be generated' if extra else ''}; "
                 f"{self.name} reads at most {self.max_tokens}. Shorten it or choose a model with a longer context."
             )
+        self._hear(tokens)
+
+    def _hear(self, tokens: Tokens) -> None:
+        """Make a prompt that will be run known to whoever listens."""
         for hear in self._listening:
             hear(tokens)
 

@@ -106,7 +106,7 @@ class Recording(Core):
 
     def _shared_prefix(self, tokens: Sequence[Tokens]) -> tuple[int, ...]:
         """What all prompts begin with, if this model gives the same with it computed once; else nothing."""
-        shared = common_prefix(tokens) if self.caching and self.engine.shares_prefix else ()
+        shared = common_prefix(tokens) if self.caching and self.sharing and self.engine.shares_prefix else ()
         if shared and self._prefix_is_exact is None:
             self._prefix_is_exact = sharing_is_exact(self.engine, tokens[0].ids, self.device)
         return shared if self._prefix_is_exact else ()

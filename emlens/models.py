@@ -1,6 +1,6 @@
 """HookedModel: one set of weights, any number of adapters, and the verbs: record, log_likelihood, margin, generate, steer, ablate, patch."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import attribution, loading, patching, showing, store
-from ._engines import HooksEngine, adding, open_bridge, open_nnsight, open_remote, removing
+from ._engines import Edit, HooksEngine, adding, clamping, decoder_of, open_bridge, open_nnsight, open_remote, removing
+from ._passing import Where, Whereabouts, beside
 from ._recording import Recording
 from ._scoring import Scoring
 from .activations import Activations
@@ -166,24 +167,73 @@ class HookedModel(Recording, Scoring):
     # ---- editing
 
     @contextmanager
-    def steer(self, direction: Direction, layers: int | Iterable[int] | str, strength: float = 1.0) -> Iterator["HookedModel"]:
-        """Add ``strength × median residual norm × direction`` to ``resid_post`` at every token, for the length of the block.
+    def steer(
+        self, direction: Direction, layers: int | Iterable[int] | str, strength: float = 1.0, positions: Where = "all"
+    ) -> Iterator["HookedModel"]:
+        """Add ``strength × median residual norm × direction`` to ``resid_post``, for the length of the block.
 
         ``strength`` 1 adds as much as a typical token's whole residual stream at that layer (the model's norm, not the vector's), so that
-        layers, directions and models compare. Negative strength goes the other way. Generation with and without KV cache is the same text.
+        layers, directions and models compare. Negative strength goes the other way. Edits nest, are live in every verb and in
+        :func:`emlens.finetune` (preventative steering, Chen et al. 2025), and generation with and without KV cache is the same text.
+
+        Args:
+            direction: a unit vector a layer.
+            layers: block indices, or ``"all"``.
+            strength: in median residual norms.
+            positions: which tokens: ``"all"``, ``"prompt"``, ``"response"`` (what is generated too), or an index from which on: 0 is the first
+                token of the sequence, −1 the last of the prompt.
         """
         norms, chosen = self.residual_norms(), self.layer_list(layers)
-        edits = {("resid_post", i): adding(self._vector(direction, i), strength * float(norms[i])) for i in chosen}
-        with self._editing(edits, {"steer": _digest(direction, chosen), "layers": chosen, "strength": strength}):
+        edits = {i: adding(self._vector(direction, i), strength * float(norms[i])) for i in chosen}
+        with self._edited(edits, positions, {"steer": _digest(direction, chosen), "layers": chosen, "strength": strength}):
             yield self
 
     @contextmanager
-    def ablate(self, direction: Direction, layers: int | Iterable[int] | str = "all") -> Iterator["HookedModel"]:
-        """Project the direction out of ``resid_post`` (x − v̂v̂ᵀx; Arditi et al. 2024; Soligo et al. 2025) at every token, for the block."""
-        chosen = self.layer_list(layers)
-        edits = {("resid_post", i): removing(self._vector(direction, i)) for i in chosen}
-        with self._editing(edits, {"ablate": _digest(direction, chosen), "layers": chosen}):
+    def clamp(
+        self, direction: Direction, layers: int | Iterable[int] | str, strength: float = 0.0, positions: Where = "all"
+    ) -> Iterator["HookedModel"]:
+        """Set the projection of ``resid_post`` on the direction to ``strength × median residual norm``, for the length of the block.
+
+        0 is :meth:`ablate`. Arguments as in :meth:`steer`.
+        """
+        norms, chosen = self.residual_norms(), self.layer_list(layers)
+        edits = {i: clamping(self._vector(direction, i), strength * float(norms[i])) for i in chosen}
+        with self._edited(edits, positions, {"clamp": _digest(direction, chosen), "layers": chosen, "strength": strength}):
             yield self
+
+    @contextmanager
+    def ablate(
+        self, direction: Direction | Sequence[Direction], layers: int | Iterable[int] | str = "all", positions: Where = "all"
+    ) -> Iterator["HookedModel"]:
+        """Project the direction out of ``resid_post`` (x − v̂v̂ᵀx; Arditi et al. 2024; Soligo et al. 2025), for the length of the block.
+
+        Several directions: their span is projected out (live in :func:`emlens.finetune` too: concept ablation, Casademunt et al. 2025).
+        Other arguments as in :meth:`steer`.
+        """
+        several, chosen = [direction] if isinstance(direction, Direction) else list(direction), self.layer_list(layers)
+        if not several:
+            raise ValueError("no direction to ablate was given; give a Direction, or a list of them")
+        edits = {i: removing(_orthonormal(torch.stack([self._vector(d, i) for d in several]))) for i in chosen}
+        with self._edited(edits, positions, {"ablate": "".join(_digest(d, chosen) for d in several), "layers": chosen}):
+            yield self
+
+    @contextmanager
+    def _edited(self, edits: Mapping[int, Edit], positions: Where, said: Mapping[str, Any]) -> Iterator[None]:
+        """Edits of ``resid_post`` at these positions, block by block, and word of them in what is made meanwhile."""
+        if positions == "all":
+            with self._editing({("resid_post", i): edit for i, edit in edits.items()}, said):
+                yield
+            return
+        where = Whereabouts(positions)
+        patching.check_here(self)
+        limited = {("resid_post", i): where.limited(edit) for i, edit in edits.items()}
+        forward = type(decoder_of(self.hf)).forward
+        with (
+            self._editing(limited, {**said, "positions": positions}),
+            beside(decoder_of(self.engine.hf), where.begin, where.end, forward),
+            self._hearing(where.known.meet, sharing=False),
+        ):
+            yield
 
     @contextmanager
     def patch(
@@ -280,6 +330,14 @@ class HookedModel(Recording, Scoring):
         if vector.shape != (self.d_model,):
             raise ValueError(f"the direction has {tuple(vector.shape)} entries at layer {layer}; {self.name} has d_model {self.d_model}")
         return vector.to(self.device)
+
+
+def _orthonormal(rows: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    """An orthonormal basis of the rows' span; one row is taken as it is."""
+    if len(rows) == 1:
+        return rows
+    sizes, basis = torch.linalg.svd(rows, full_matrices=False)[1:]
+    return basis[sizes > 1e-5 * sizes[0]]
 
 
 def _digest(direction: Direction, layers: Iterable[int]) -> str:

@@ -4,9 +4,8 @@ Vig et al. 2020; Meng et al. 2022; with variants of one model in the place of co
 """
 
 import copy
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,9 +20,10 @@ from ._core import Core, as_table
 from ._engines import Edit, HooksEngine, decoder_of
 from ._engines.twin import twin
 from ._passes import TOKEN_BUDGET, bar, padded
+from ._passing import Known, beside, tokens_of
 from .activations import SINGLE_LAYER_SITES, Place
 from .adapters import On, label, parts_of, switched
-from .positions import Position, Tokens, pieces, position_name, token_rows, token_set, tokenize
+from .positions import Position, pieces, position_name, token_rows, token_set, tokenize
 from .showing import visible
 
 FED = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
@@ -53,13 +53,9 @@ class Patch:
     def __init__(self, bare: HooksEngine, source: On, place: Place, position: Position) -> None:
         self.bare, self.source, self.place, self.position = bare, source, place, position
         self.n_passes, self.n_tokens = 0, 0
-        self._prompts: dict[tuple[int, ...], Tokens] = {}
+        self.known = Known()
         self._streams: dict[int, Tensor] = {}
         self._chosen: Bool[Tensor, "prompt position"] | None = None
-
-    def meet(self, tokens: Tokens) -> None:
-        """A prompt that will be run: its tokens are found again in the passes, whatever is padded or appended."""
-        self._prompts.setdefault(tokens.ids[: tokens.n_prompt], tokens)
 
     def edits(self) -> dict[tuple[str, int], Edit]:
         """For the engine: at each layer the source's stream, as it was in this pass."""
@@ -94,30 +90,13 @@ class Patch:
         self._streams, self._chosen = {}, None
 
     def _tokens(self, fed: Mapping[str, Any]) -> Bool[Tensor, "prompt position"]:
-        ids, mask = fed.get("input_ids"), fed.get("attention_mask")
-        if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
-            raise ValueError(
-                f"a patch at {self.place.position!r} finds its tokens by input_ids and an attention_mask of the same shape; this pass was given "
-                f"{', '.join(fed)}. position='all' needs neither"
-            )
+        ids, seen = tokens_of(fed)
         chosen = torch.zeros_like(ids, dtype=torch.bool)
-        seen = torch.ones_like(ids) if mask is None else mask
         for row, (every, there) in enumerate(zip(ids.tolist(), seen.tolist(), strict=True)):
             at = [k for k, on in enumerate(there) if on]
             real = [every[k] for k in at]
-            chosen[row, [at[k] for k in token_set(self._prompt(real), self.position, real)]] = True
+            chosen[row, [at[k] for k in token_set(self.known.prompt(real), self.position, real)]] = True
         return chosen
-
-    def _prompt(self, ids: Sequence[int]) -> Tokens:
-        """The longest prompt met that the sequence begins with."""
-        for n in sorted({len(prompt) for prompt in self._prompts}, reverse=True):
-            found = self._prompts.get(tuple(ids[:n])) if n <= len(ids) else None
-            if found is not None:
-                return found
-        raise ValueError(
-            f"a patch at {self.place.position!r} met {len(ids)} tokens that begin with no prompt it knows. The model's own verbs make their prompts "
-            "known; for a bare forward pass take its tokens from model.tokenize(prompts), inside the block"
-        )
 
 
 @contextmanager
@@ -127,7 +106,7 @@ def patched(model: Core, adapter: On, layers: int | Iterable[int] | str, site: s
     position = "mean_response" if isinstance(position, str) and position == "response" else position
     chosen = (0,) if site in SINGLE_LAYER_SITES and layers == "all" else tuple(model.layer_list(layers))
     place = Place(site, chosen, position_name(position))
-    _check_here(model)
+    check_here(model)
     _ = model.engine.sites  # measures now what is measured once: no probing pass meets the patch
     name, part = parts_of(adapter)
     said = {
@@ -141,17 +120,18 @@ def patched(model: Core, adapter: On, layers: int | Iterable[int] | str, site: s
     patch = Patch(bare_engine(model), adapter, place, position)
     with ExitStack() as stack:
         stack.enter_context(model._editing(patch.edits(), said))
-        stack.enter_context(_around(decoder_of(model.engine.hf), patch))
-        stack.enter_context(_whole_sequences(model, patch))
+        stack.enter_context(beside(decoder_of(model.engine.hf), patch.begin, patch.end, type(patch.bare.decoder).forward))
+        stack.enter_context(model._hearing(patch.known.meet, caching=False))
         yield patch
         if patch.n_passes and not patch.n_tokens:
             text = f"{patch.n_passes} passes ran under a patch at {place.position!r}, and none held such a token: nothing was patched"
             warnings.warn(text, PatchedNothingWarning, stacklevel=4)
 
 
-def _check_here(model: Core) -> None:
+def check_here(model: Core) -> None:
+    """ValueError for a model whose passes run elsewhere."""
     if not isinstance(model.engine.hf, PreTrainedModel):
-        raise ValueError(f"{model.name} runs elsewhere; a patch runs a second variant beside it, and needs the weights here: load it without remote=")
+        raise ValueError(f"{model.name} runs elsewhere; patches, and edits at some positions, follow each pass here: load it without remote=")
 
 
 def bare_engine(model: Any) -> HooksEngine:
@@ -165,38 +145,12 @@ def bare_engine(model: Any) -> HooksEngine:
 def bare_model(model: Any) -> Any:
     """The model with nothing open on it, while something is open on the model itself."""
     bare = copy.copy(model)
-    bare.engine, bare.edits, bare.caching, bare._listening = bare_engine(model), [], True, ()
+    bare.engine, bare.edits, bare.caching, bare.sharing, bare._listening = bare_engine(model), [], True, True, ()
     return bare
 
 
 def _tensors(hf: nn.Module) -> list[int]:
     return [id(tensor) for tensor in (*hf.parameters(), *hf.buffers())]
-
-
-@contextmanager
-def _around(decoder: nn.Module, patch: Patch) -> Iterator[None]:
-    """The source runs before every pass of the decoder."""
-    names = list(inspect.signature(type(patch.bare.decoder).forward).parameters)[1:]  # what is given by position, in some families
-    handles = [
-        decoder.register_forward_pre_hook(lambda _, args, kwargs: patch.begin({**dict(zip(names, args, strict=False)), **kwargs}), with_kwargs=True),
-        decoder.register_forward_hook(lambda *_: patch.end(), always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _whole_sequences(model: Any, patch: Patch) -> Iterator[None]:
-    """No caches, and every prompt is made known to the patch."""
-    caching, listening = model.caching, model._listening
-    model.caching, model._listening = False, (*listening, patch.meet)
-    try:
-        yield
-    finally:
-        model.caching, model._listening = caching, listening
 
 
 # ---- the map
@@ -214,7 +168,7 @@ def patch_map(
     budget: int = TOKEN_BUDGET // 2,
 ) -> pd.DataFrame:
     """:meth:`emlens.models.HookedModel.patch_map`; ``budget``: tokens in one pass."""
-    _check_here(model)
+    check_here(model)
     if model._listening:
         raise ValueError("a patch is open on the model, and the map opens one for every cell; close it first")
     for variant in (adapter, target):

@@ -53,15 +53,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_engines": {"activations"},
     "_families": set(),
     "_passes": {"positions"},
+    "_passing": {"positions"},
     "loading": {"store", "prompts"},
     "adapters": {"loading", "store"},
     "_core": {"_engines", "_passes", "activations", "adapters", "loading", "positions", "prompts", "store"},
     "_recording": {"_core", "_engines", "_passes", "activations", "adapters", "positions", "prompts", "store"},
     "_scoring": {"_core", "_passes", "adapters", "loading", "positions", "prompts"},
     "showing": {"_core", "_recording", "activations", "adapters", "directions", "positions"},
-    "patching": {"_core", "_engines", "_passes", "activations", "adapters", "positions", "showing"},
+    "patching": {"_core", "_engines", "_passes", "_passing", "activations", "adapters", "positions", "showing"},
     "models": {
         "_core",
+        "_passing",
         "_recording",
         "_scoring",
         "_engines",
@@ -88,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> the rooms of ours it may import ("" is the package itself, for ``__version__``). A new room is entered here on purpose."""
 
-MODEL_ROOMS = {"loading", "adapters", "models", "tuning", "_core", "_engines", "_families", "_passes", "_recording", "_scoring", "_training"}
+MODEL_ROOMS = {"loading", "adapters", "models", "tuning", "_core", "_engines", "_families", "_passes", "_passing", "_recording", "_scoring", "_training"}
 """Where a model is loaded, read, edited or trained."""
 
 DOORS: dict[str, set[str]] = {

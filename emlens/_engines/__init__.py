@@ -6,15 +6,15 @@ The default engine is transformers' own forward with plain PyTorch hooks on the 
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Edit, Engine, Select, adding, removing
+from .base import Edit, Engine, Select, adding, clamping, removing
 from .hooks import HooksEngine
 from .structure import decoder_of, find_blocks
 
 ENGINES = ("hooks", "bridge", "nnsight")
 
 __all__ = [
-    "ENGINES", "Edit", "Engine", "HooksEngine", "Select", "adding", "decoder_of", "find_blocks", "open_bridge", "open_engine", "open_nnsight",
-    "open_remote", "removing",
+    "ENGINES", "Edit", "Engine", "HooksEngine", "Select", "adding", "clamping", "decoder_of", "find_blocks", "open_bridge", "open_engine",
+    "open_nnsight", "open_remote", "removing",
 ]  # fmt: skip
 
 

@@ -30,12 +30,22 @@ def adding(vector: Float[Tensor, " d_model"], size: float) -> Edit:
     return lambda h: h + (size * vector).to(h)
 
 
-def removing(vector: Float[Tensor, " d_model"]) -> Edit:
-    """x − v̂v̂ᵀx at every token."""
+def removing(basis: Float[Tensor, "k d_model"]) -> Edit:
+    """x − BᵀBx at every token; the rows of B are orthonormal."""
 
     def edit(h: Tensor) -> Tensor:
-        along = einsum(h.float(), vector, "prompt position d_model, d_model -> prompt position")
-        return h - einsum(along, vector, "prompt position, d_model -> prompt position d_model").to(h.dtype)
+        along = einsum(h.float(), basis, "prompt position d_model, k d_model -> prompt position k")
+        return h - einsum(along, basis, "prompt position k, k d_model -> prompt position d_model").to(h.dtype)
+
+    return edit
+
+
+def clamping(vector: Float[Tensor, " d_model"], value: float) -> Edit:
+    """x + (value − v̂ᵀx) v̂ at every token: its projection is ``value``."""
+
+    def edit(h: Tensor) -> Tensor:
+        lacking = value - einsum(h.float(), vector, "prompt position d_model, d_model -> prompt position")
+        return h + einsum(lacking, vector, "prompt position, d_model -> prompt position d_model").to(h.dtype)
 
     return edit
 

@@ -131,7 +131,7 @@ def _question(folder: Folder) -> str:
 
 
 def _findings(found: Sequence[Finding]) -> str:
-    tally = Counter(finding.verdict for finding in found)
+    tally: Counter[str] = Counter(finding.verdict for finding in found)
     names = {"found": "found", "mixed": "mixed", "not found": "not found", "description": plural("description", tally["description"])}
     words = listed([f"{tally[verdict]} {name}" for verdict, name in names.items() if tally[verdict]])
     items = "".join(
