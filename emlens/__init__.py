@@ -25,6 +25,13 @@ _WHERE = {
     "similarity_by_prompt": "shifts",
     "split_half_similarity": "shifts",
     "overlap_similarity": "shifts",
+    "load_trait": "personas",
+    "persona_direction": "personas",
+    "contrast_direction": "personas",
+    "finetuning_shift": "personas",
+    "PersonaMonitor": "personas",
+    "screen": "screening",
+    "screen_page": "screening",
     "Direction": "directions",
     "mean_difference": "directions",
     "random_directions": "directions",
@@ -37,8 +44,8 @@ _WHERE = {
 
 _ROOMS = (
     "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
-    "geometry", "shifts", "nulls", "directions", "separation", "prediction", "ridge", "baselines", "steering", "tuning", "dynamics", "stats",
-    "resampling", "plots", "study", "report", "cli",
+    "geometry", "shifts", "nulls", "directions", "separation", "personas", "screening", "prediction", "ridge", "baselines", "steering", "tuning",
+    "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

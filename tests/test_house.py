@@ -82,6 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "laws": {"models", "_engines", "_families", "_passes", "activations", "adapters", "directions", "loading", "positions", "prompts", ""},
     "tuning": {"_training", "models", "loading", "_engines", "_passes", "positions", "prompts", "store"},
     "steering": {"models", "directions", "stats", "prompts"},
+    "personas": {"models", "activations", "directions", "positions", "prompts", "stats"},
+    "screening": {"models", "directions", "positions", "prompts", "stats", "store"},
     "dynamics": {"models", "tuning"},  # reads the noun that tuning makes, a Run
     "study": {*ARRAYS - BELOW_STUDY, "loading", "models", "tuning", "steering", "dynamics", "laws", "report", ""},
     "plots": set(),
