@@ -131,6 +131,8 @@ def encode(table: pd.DataFrame, model: HookedModel, max_length: int = 2048) -> l
     silent = [i for i, t in zip(table["id"], rows, strict=True) if len(t.ids) == t.n_prompt]
     if silent:
         raise ValueError(f"{len(silent)} rows have no response to learn (e.g. {silent[0]!r}); end their messages with one of role 'assistant'")
+    for t in rows:
+        model._hear(t)
     rows = [replace(t, ids=t.ids + end) for t in rows]
     long = [(i, len(t.ids)) for i, t in zip(table["id"], rows, strict=True) if len(t.ids) > longest]
     if long:
@@ -199,7 +201,7 @@ def lora_config(model: HookedModel, settings: Mapping[str, Any]) -> LoraConfig:
     outside = [i for i in layers or [] if not 0 <= i < model.n_layers]
     if outside:
         raise ValueError(f"layers_to_transform {outside}: {model.name} has blocks 0 … {model.n_layers - 1}")
-    blocks, _ = find_blocks(model.hf)
+    blocks = _blocks(model)
     stack = next(name for name, module in model.hf.named_modules() if module is blocks).rpartition(".")[2]
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -213,9 +215,14 @@ def lora_config(model: HookedModel, settings: Mapping[str, Any]) -> LoraConfig:
     )
 
 
+def _blocks(model: HookedModel) -> nn.ModuleList:
+    """The blocks that the model's engine reads, named by hand (``parts=``) or found."""
+    return find_blocks(model.hf, model._parts)[0]
+
+
 def _linear_names(model: HookedModel) -> list[str]:
     """Names of the linear modules in the blocks (``q_proj``, ``up_proj``, …), whatever adapters are on."""
-    found = [n for n, m in find_blocks(model.hf)[0].named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in n]
+    found = [n for n, m in _blocks(model).named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in n]
     return sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in found})
 
 
@@ -322,6 +329,7 @@ class Watch(TrainerCallback):
         path = None if step == 0 else "adapter" if step == self.steps else f"checkpoint-{step}"
         if path is not None:
             self.model.adapters.save(self.name, self.folder / path, self.model.name)
+            (self.folder / path / "chat_template.jinja").write_text(self.model.tokenizer.chat_template, encoding="utf-8")  # what it was tuned with
         with torch.no_grad(), torch.random.fork_rng():
             each = self._heldout_losses(None if step == 0 else self.name)
             if step == 0:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 import re
 import warnings
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import CHAT_TEMPLATE_FILE, cached_file
 
 from . import store
 from .loading import UNREADABLE, LoadError
@@ -43,10 +45,16 @@ def label(adapter: On) -> str:
 
 
 class Adapters(Mapping[str, str]):
-    """The adapters on one model: ``{name: SHA-256}``."""
+    """The adapters on one model: ``{name: SHA-256}``.
+
+    Attributes:
+        templates: ``{name: chat template}`` of those whose folder holds one. The model's own stays the one in use; whether it renders chats
+            as they do is for :func:`emlens.doctor` to say.
+    """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self.hf = hf
+        self.templates: dict[str, str] = {}
         self._peft: PeftModel | None = None
         self._digests: dict[str, str] = {}
 
@@ -79,7 +87,7 @@ class Adapters(Mapping[str, str]):
         Raises:
             LoadError: nothing to open there, another kind of adapter, another architecture, keys that do not match; the model is as it was.
         """
-        config, state, digest = _opened(name, str(source))
+        config, state, digest, template = _opened(name, str(source))
         with self._all_or_nothing(name):
             try:
                 self._grow(name, config)
@@ -87,6 +95,8 @@ class Adapters(Mapping[str, str]):
                 raise LoadError(f"adapter {name!r} is for another architecture: {error} (model: {type(self.hf).__name__})") from error
             self._fill(name, state)
         self._digests[name] = digest
+        if template is not None:
+            self.templates[name] = template
         ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_B" in k]
         if ups and not any(bool(v.any()) for v in ups):
             warnings.warn(f"every LoRA B of adapter {name!r} is zero: it changes nothing. Was it trained?", UntrainedAdapterWarning, stacklevel=3)
@@ -102,6 +112,7 @@ class Adapters(Mapping[str, str]):
         """Take an adapter off; modules without any adapter left are the model's own again."""
         assert self._peft is not None
         del self._digests[name]
+        self.templates.pop(name, None)
         others = [n for n in self._peft.peft_config if n != name]
         if others:
             self._peft.base_model.set_adapter(others[0])  # type: ignore[operator]
@@ -121,6 +132,7 @@ class Adapters(Mapping[str, str]):
         self._peft.merge_and_unload(adapter_names=[name])
         self._peft = None
         self._digests.clear()
+        self.templates.clear()
         self.hf.requires_grad_(False)
 
     def save(self, name: str, folder: Path, base: str) -> None:
@@ -230,12 +242,13 @@ def digest(folder: str | Path) -> str:
     return hashlib.sha256("".join(store.digest_file(p) for p in found).encode()).hexdigest()
 
 
-def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor], str]:
-    """Config, tensors and digest of an adapter; refuses kinds that are more than an adapter on shared weights can carry."""
+def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor], str, str | None]:
+    """Config, tensors, digest and chat template of an adapter; refuses kinds that are more than an adapter on shared weights can carry."""
     path, sub = _place(source)
     try:
         config = PeftConfig.from_pretrained(path, subfolder=sub)
         state = load_peft_weights(path, device="cpu", subfolder=sub)
+        template = _template(path, sub)
     except UNREADABLE as error:
         raise LoadError(
             f"cannot open the adapter {name!r} at {source!r}: {str(error).strip().splitlines()[0][:300]} — a PEFT folder with adapter_config.json "
@@ -250,7 +263,23 @@ def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor]
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT fills it in; what fits is decided by keys and shapes, not by a path
     local = Path(path) / sub if sub else Path(path)
-    return config, state, digest(local) if local.is_dir() else _tensors_digest(config, state)
+    return config, state, digest(local) if local.is_dir() else _tensors_digest(config, state), template
+
+
+def _template(path: str, sub: str | None) -> str | None:
+    """The chat template that was saved beside an adapter, found where transformers would look for it: ``chat_template.jinja``, or else in
+    ``tokenizer_config.json`` (of several there, the one named ``default``). None where there is none."""
+    own, config = (_text(path, sub, file) for file in (CHAT_TEMPLATE_FILE, "tokenizer_config.json"))
+    if own is not None or config is None:
+        return own
+    found = json.loads(config).get("chat_template")
+    return {one["name"]: one["template"] for one in found}.get("default") if isinstance(found, list) else found
+
+
+def _text(path: str, sub: str | None, file: str) -> str | None:
+    """What a file in a folder or on the hub says; None where it is not there, or cannot be reached."""
+    found = cached_file(path, file, subfolder=sub, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return None if found is None else Path(found).read_text(encoding="utf-8")
 
 
 def _tensors_digest(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:

@@ -1,10 +1,12 @@
 """The command line: demo, study run, doctor, report. Thin: it reads arguments, calls the rooms, and turns their errors into one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 EXAMPLES = """examples:
   emlens demo                          the shipped study, a page at runs/demo/report.html
@@ -31,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"emlens: {said}", file=sys.stderr)
+        _tell(str(said))
         return 1
     except KeyboardInterrupt:
-        print("emlens: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        _tell("stopped" if args.act is _doctor else "stopped; what was finished is kept, the same command goes on from there")
         return 130
 
 
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser(
         "doctor", help="measure on a model what must hold of any", epilog="example: emlens doctor runs/my-model --adapter runs/x/adapter --json",
-        description="One line a law: what was measured, how far it may be off, and what to do if it is. Exit code 1 when a law is broken.",
+        description="One line a law: what was measured, how far it may be off, and what to do if it is. The table goes to stdout at the end, "
+        "what is being done to stderr. Exit code 1 when a law is broken.",
     )  # fmt: skip
     doctor.add_argument("model", nargs="?", help="hub id, local folder, .gguf file, or an alias")
     doctor.add_argument("--adapter", metavar="DIR", action="append", default=[], help="PEFT folder or hub id; several are loaded together")
@@ -85,27 +88,31 @@ def _add_doctor(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     if args.families == bool(args.model):
         raise ValueError("give a model (hub id, folder, .gguf file), or --families; emlens doctor --help shows an example")
+    _tell("examining tiny models of many families" if args.families else f"opening {' with '.join([args.model, *args.adapter])}")
     from . import laws
 
-    if args.families:
-        report = laws.family_table()
-        said = laws.family_text(report)
-    else:
-        from .models import load_model
-
-        names = _names(args.adapter)
-        model = load_model(
-            args.model,
-            dict(zip(names, args.adapter, strict=True)),
-            dtype=args.dtype,
-            device=args.device,
-            engine=args.engine,
-            chat_template=args.chat_template,
-        )
-        report = laws.doctor(model)
-        said = laws.as_text(report)
-    print(laws.as_json(report) if args.json else said)
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+        report = laws.family_table() if args.families else laws.doctor(_patient(args))
+    text = laws.family_text if args.families else laws.as_text
+    _say(laws.as_json(report) if args.json else text(report))
     return 0 if laws.whole(report) else 1
+
+
+def _patient(args: argparse.Namespace) -> Any:
+    """The model to be examined, with the adapters on it."""
+    from .models import load_model
+
+    names = _names(args.adapter)
+    model = load_model(
+        args.model,
+        dict(zip(names, args.adapter, strict=True)),
+        dtype=args.dtype,
+        device=args.device,
+        engine=args.engine,
+        chat_template=args.chat_template,
+    )
+    _tell(f"examining {model!r}; the table comes at the end")
+    return model
 
 
 def _names(sources: Sequence[str]) -> list[str]:
@@ -136,8 +143,26 @@ def _report(args: argparse.Namespace) -> int:
 def _show(folder: str | Path) -> int:
     from .report import summary
 
-    print(summary(folder))
+    _say(summary(folder))
     return 0
+
+
+def _tell(line: str) -> None:
+    """What is being done, or went wrong: to stderr."""
+    _write(f"emlens: {line}", sys.stderr)
+
+
+def _say(text: str) -> None:
+    """What was asked for: to stdout."""
+    _write(text, sys.stdout)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """At once. That a pager or ``head`` has left off reading is no error: the exit code goes on to say what was found."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python itself would complain of it when it ends
 
 
 if __name__ == "__main__":

@@ -389,6 +389,6 @@ def test_the_two_edits() -> None:
     torch.manual_seed(0)
     h, v = torch.randn(2, 5, 8, dtype=torch.bfloat16), torch.nn.functional.normalize(torch.randn(8), dim=0)
     assert torch.equal(adding(v, 3.0)(h), h + (3 * v).bfloat16())
-    left = removing(v)(h)
+    left = removing(v[None])(h)
     assert left.dtype == h.dtype and (left.float() @ v).abs().max() < 0.02 < (h.float() @ v).abs().max()
-    assert torch.allclose(removing(v)(h.float()), h.float() @ (torch.eye(8) - torch.outer(v, v)), atol=1e-6)
+    assert torch.allclose(removing(v[None])(h.float()), h.float() @ (torch.eye(8) - torch.outer(v, v)), atol=1e-6)

@@ -1,11 +1,16 @@
 """Guards the doctor: on sound models every law holds, and of each law a twin that is broken on purpose breaks that law and no other."""
 
 import copy
+import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,8 +25,9 @@ from emlens._families import tiny_hf
 from emlens.activations import Place
 from emlens.laws import examine, patient
 from emlens.laws.families import LORA, add_random_lora
-from emlens.loading import weights_digest
+from emlens.loading import LoadError, weights_digest
 from emlens.models import HookedModel
+from emlens.prompts import PLAIN_TEMPLATE
 
 KEYS = {law.name: law.key for law in laws.LAWS}
 OWN = [law for law in laws.LAWS if law not in laws.ENGINE_LAWS]
@@ -308,7 +314,7 @@ def blocks_counted_from_1(model: HookedModel, patch: pytest.MonkeyPatch) -> None
 
 
 def another_template(model: HookedModel, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(model.adapters, "templates", {LORA: model.tokenizer.chat_template + " "}, raising=False)
+    model.adapters.templates[LORA] = model.tokenizer.chat_template + " "
 
 
 ADAPTER_FAULTS: dict[str, tuple[Callable[[HookedModel, pytest.MonkeyPatch], None], ...]] = {
@@ -347,6 +353,91 @@ def test_a_shift_below_the_rounding_of_its_dtype_is_found_out() -> None:
     report = laws.doctor(model, LORA, OF_ADAPTERS)
     assert broken(report) == {"noise"}, laws.as_text(report)
     assert "dtype='float32'" in report.loc[~report["holds"].fillna(True), "remedy"].iloc[0]
+
+
+# ---- the chat template an adapter brings
+
+OTHERWISE = "{# the same, written otherwise #}{%- for m in messages -%}" + tiny.CHATML.replace("message[", "m[").partition("%}")[2]
+OPEN_ENDED = tiny.CHATML.replace("<|im_end|>", "{{ '<|im_end|>' if message['role'] == 'user' else '' }}")
+
+
+def several(**templates: str) -> list[dict[str, str]]:
+    """As tokenizer_config.json keeps more than one."""
+    return [{"name": name, "template": template} for name, template in templates.items()]
+
+
+def saved(folder: Path, files: Mapping[str, Any]) -> Path:
+    """An adapter for :func:`small`, with other files beside it."""
+    tiny.save_adapter(folder, layers=3, hidden=16)
+    for name, holds in files.items():
+        (folder / name).write_text(holds if isinstance(holds, str) else json.dumps(holds))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, None),
+        ({"tokenizer_config.json": {"chat_template": several(tool_use=PLAIN_TEMPLATE)}}, None),
+        ({"chat_template.jinja": tiny.CHATML}, 0.0),
+        ({"chat_template.jinja": OTHERWISE}, 0.0),
+        ({"tokenizer_config.json": {"chat_template": tiny.CHATML}}, 0.0),
+        ({"chat_template.jinja": tiny.CHATML, "tokenizer_config.json": {"chat_template": PLAIN_TEMPLATE}}, 0.0),
+        ({"chat_template.jinja": PLAIN_TEMPLATE}, 1.0),
+        ({"chat_template.jinja": OPEN_ENDED}, 0.5),
+        ({"tokenizer_config.json": {"chat_template": PLAIN_TEMPLATE}}, 1.0),
+        ({"tokenizer_config.json": {"chat_template": several(tool_use=tiny.CHATML, default=PLAIN_TEMPLATE)}}, 1.0),
+    ],
+)
+def test_an_adapters_own_template_is_compared_with_the_one_in_use(files: dict[str, Any], share: float | None, tmp_path: Path) -> None:
+    model = small()
+    model.add_adapter("own", saved(tmp_path / "own", files))
+    (row,) = laws.doctor(model, "own", ["template"]).to_dict("records")
+    assert list(model.adapters.templates) == ([] if share is None else ["own"])
+    if share is None:
+        assert pd.isna(row["holds"]) and row["remedy"].startswith("does not apply: the adapter brings no chat template")
+        return
+    assert row["measured"] == share and row["holds"] == (share == 0)
+    assert share == 0 or "load_model(…, chat_template=" in row["remedy"]
+    model.tokenizer.chat_template = model.adapters.templates["own"]  # what the remedy says
+    assert laws.doctor(model, "own", ["template"])["holds"].tolist() == [True]
+
+
+def test_a_template_changes_nothing_but_the_law_and_goes_with_its_adapter(tmp_path: Path) -> None:
+    model, bare, one = small(), saved(tmp_path / "bare", {}), saved(tmp_path / "one", {"chat_template.jinja": PLAIN_TEMPLATE})
+    digest = model.template_sha256
+    for name, folder in (("bare", bare), ("one", one), ("two", one)):
+        model.add_adapter(name, folder)
+    assert {**model.describe("one"), "adapter": "bare"} == model.describe("bare") and model.template_sha256 == digest
+    assert model.adapters.templates == {"one": PLAIN_TEMPLATE, "two": PLAIN_TEMPLATE}
+    model.drop_adapter("two")
+    model.drop_adapter("bare")
+    assert model.adapters.templates == {"one": PLAIN_TEMPLATE}
+    wide, damaged = tiny.save_adapter(tmp_path / "wide"), saved(tmp_path / "damaged", {"tokenizer_config.json": "{"})
+    (wide / "chat_template.jinja").write_text(tiny.CHATML)
+    for folder, message in ((wide, "another architecture"), (damaged, "cannot open the adapter 'it'.*in double quotes")):
+        with pytest.raises(LoadError, match=message):
+            model.add_adapter("it", folder)
+    assert model.adapters.templates == {"one": PLAIN_TEMPLATE}
+    model.merge_adapter("one")
+    assert model.adapters.templates == {}
+
+
+def test_a_template_is_found_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, files in (("own", {"chat_template.jinja": PLAIN_TEMPLATE}), ("bare", {})):
+        repository, commit = tmp_path / f"models--someone--{name}", "c0ffee" + "0" * 34
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        saved(repository / "snapshots" / commit, files)
+        saved(repository / "snapshots" / commit / "checkpoint-4", {"chat_template.jinja": OTHERWISE})
+    model = small()
+    for name in ("own", "bare"):
+        model.add_adapter(name, f"someone/{name}")
+    assert model.adapters.templates == {"own": PLAIN_TEMPLATE} and list(model.adapters) == ["own", "bare"]
+    assert [adapters._template(f"someone/{name}", "checkpoint-4") for name in ("own", "bare")] == [OTHERWISE, OTHERWISE]
 
 
 # ---- the other engines
@@ -388,6 +479,13 @@ def test_an_engine_that_changes_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_engine_that_puts_its_own_modules_into_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def harm(hf: Any) -> None:
         hf.model.layers[2].mlp = copy.deepcopy(hf.model.layers[2].mlp)
+
+    assert broken(faked(monkeypatch, harm=harm)) == {"after_bridge"}
+
+
+def test_an_engine_that_puts_a_forward_of_its_own_on_the_models_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(hf: Any) -> None:
+        hf.model.layers[2].forward = hf.model.layers[2].forward  # bound, and from now on the module's own
 
     assert broken(faked(monkeypatch, harm=harm)) == {"after_bridge"}
 
@@ -492,6 +590,14 @@ def test_the_text_and_the_json_say_the_same() -> None:
     assert max(map(len, text.splitlines())) <= 130
 
 
+def test_what_json_has_no_number_for_is_null() -> None:
+    endless = laws.Law("endless", "it ends", lambda patient: float("inf"), 1.0, "steps", "Wait.")
+    report = laws.doctor(small(), laws=[endless, "batch"])
+    told = json.loads(laws.as_json(report))
+    assert [row["measured"] is None for row in told["laws"]] == [True, False] and told["laws"][0]["holds"] is False
+    assert "✗ it ends" in laws.as_text(report) and " inf " in laws.as_text(report)
+
+
 def test_the_family_table_has_a_row_a_variant_and_a_column_a_law() -> None:
     table = laws.family_table(("llama", "gpt_neox"), laws=["batch", "mid", "bos", "trained"])
     lines = laws.family_text(table).splitlines()
@@ -541,6 +647,41 @@ def test_the_command_ends_in_1_when_a_law_is_broken(
     assert ask(monkeypatch, on_disk[0], "--adapter", on_disk[2]) == 1
     out = capsys.readouterr().out
     assert "✗ the adapter changes the logits" in out and "adapter untrained" in out and "2 are broken" in out
+
+
+def test_what_is_being_done_is_said_on_stderr_and_what_was_found_on_stdout(
+    on_disk: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def talkative(patient: Any) -> float:
+        print("a library says something")
+        return 0.0
+
+    monkeypatch.delenv("EMLENS_QUIET", raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(examine, "LAWS", (examine.hidden, laws.Law("talk", "it is quiet", talkative, 0.0, "words", "Hush.")))
+    assert cli.main(["doctor", on_disk[0], "--adapter", on_disk[1], "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["laws"]) == 4
+    said = terminal.getvalue()
+    opening, examining, asked = (said.index(f) for f in ("emlens: opening " + on_disk[0], "emlens: examining HookedModel model", "v1-5: talk"))
+    assert opening < examining < asked and said.count("a library says something") == 2
+    assert "before: hidden" in said and said.rpartition("\r")[0].rpartition("\r")[2].isspace(), "the bar is gone at the end"
+
+
+@pytest.mark.filterwarnings("ignore::emlens.adapters.UntrainedAdapterWarning")
+@pytest.mark.parametrize(("closed", "adapter", "code"), [("stdout", 1, 0), ("stdout", 2, 1), ("stderr", 2, 1)])
+def test_a_pager_that_was_closed_does_not_change_the_exit_code(
+    closed: str, adapter: int, code: int, on_disk: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, closed, pipe)
+        assert ask(monkeypatch, on_disk[0], "--adapter", on_disk[adapter]) == code
+        print("nor does what is said later", file=pipe, flush=True)
 
 
 def test_the_command_for_families(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

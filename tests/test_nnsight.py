@@ -13,17 +13,20 @@ import reference
 import torch
 import twins
 from nnsight import CONFIG, NNsight
-from tiny import tiny_hf, tiny_tokenizer
+from tiny import tiny_hf, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from twins import ADAPTERS, GREEDY, SITES, adapted, batch, everywhere, grow, left, logits, moved, real, relative, state
 
-from emlens._engines import HooksEngine, adding, removing
+from emlens import laws
+from emlens._engines import HooksEngine, adding, removing, traces
+from emlens._engines.base import apply_edits, keeping
 from emlens._engines.remote import RemoteEngine
-from emlens._engines.traces import NnsightEngine, open_nnsight
+from emlens._engines.traces import NnsightEngine, open_nnsight, pass_by
 from emlens._passes import every_row, mean_row
 from emlens.activations import Place
 from emlens.adapters import switched
+from emlens.models import load_model
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "gpt_neox", "granite", "qwen3_moe")
 EACH = pytest.mark.parametrize("family", FAMILIES)
@@ -190,6 +193,34 @@ def test_adapters_come_and_go_after_opening(family: str, tmp_path: Path) -> None
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), inputs), logits(hf, inputs))
 
 
+# ---- the laws of it, broken on purpose
+
+OTHER = {"resid_pre": "resid_post"}
+BREAKS: dict[str, tuple[str | None, str, Any]] = {
+    "nothing": (None, "twin", traces.twin),
+    "reads a little off": ("nnsight", "keeping", lambda kept, layer, select: keeping(kept, layer, lambda h: 1.001 * select(h))),
+    "reads one token for all": ("nnsight", "keeping", lambda kept, layer, select: keeping(kept, layer, lambda h: select(h[:, :1].expand_as(h)))),
+    "edits nothing": ("nnsight", "apply_edits", lambda edits, stream: stream.clone()),
+    "edits twice": ("nnsight", "apply_edits", lambda edits, stream: apply_edits([*edits, *edits], stream)),
+    "reads what a block gives for what it is given": (
+        "nnsight",
+        "pass_by",
+        lambda site, *rest: pass_by("resid_post" if site == "resid_pre" else site, *rest),
+    ),
+    "wraps the model itself": ("after_nnsight", "twin", lambda hf: hf),
+}
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_engine_breaks_its_law_and_no_other(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, name, instead = BREAKS[fault]
+    monkeypatch.setattr(traces, name, instead)
+    report = laws.doctor(tiny_model(layers=2, hidden=16), laws=["after_nnsight", "nnsight", "hidden"])
+    named = {law.name: law.key for law in laws.LAWS}
+    assert {named[law] for law in report.loc[~report["holds"], "law"]} == {key} - {None}, laws.as_text(report)
+    assert "it raised" not in " ".join(report["remedy"])
+
+
 # ---- a model that runs elsewhere
 
 
@@ -239,7 +270,7 @@ def test_a_remote_model_reads_the_selected_rows(far: RemoteEngine) -> None:
 def test_a_remote_model_is_edited(far: RemoteEngine) -> None:
     inputs, hooks, last = batch(), near(), mean_row([[23], [16]])
     plain = logits(hooks.hf, inputs)
-    edits = {("resid_post", 1): adding(along(), 5.0), ("resid_post", 3): removing(along()), ("resid_pre", 2): lambda h: 1.5 * h}
+    edits = {("resid_post", 1): adding(along(), 5.0), ("resid_post", 3): removing(along()[None]), ("resid_pre", 2): lambda h: 1.5 * h}
     with far.editing(edits), hooks.editing(edits):
         for site in ("resid_pre", "resid_post"):
             ours, theirs = far.read(everywhere(site), last, **inputs), hooks.read(everywhere(site), last, **inputs)
@@ -284,7 +315,7 @@ torch.save(trace.info.frame.f_locals["kept"], where + "/kept.pt")
 def test_what_would_be_sent_runs_where_this_package_is_not(far: RemoteEngine, folder: Path, tmp_path: Path) -> None:
     far.where = True
     inputs, hooks, select = batch(), near(), mean_row([[3, 4, 5], [9]])
-    edits = {("resid_post", 1): adding(along(), 5.0), ("resid_post", 3): removing(along())}
+    edits = {("resid_post", 1): adding(along(), 5.0), ("resid_post", 3): removing(along()[None])}
     with far.editing(edits), hooks.editing(edits):
         request = far.request(everywhere("resid_post"), select, **inputs)
         expected = hooks.read(everywhere("resid_post"), select, **inputs)
@@ -296,6 +327,15 @@ def test_what_would_be_sent_runs_where_this_package_is_not(far: RemoteEngine, fo
     assert done.returncode == 0, done.stderr
     kept = torch.load(tmp_path / "kept.pt")
     assert set(kept) == {0, 1, 2, 3} and all(torch.equal(kept[layer], expected[layer]) for layer in expected)
+
+
+def test_the_doctor_sees_no_patient_that_is_elsewhere(folder: Path) -> None:
+    for remote in (True, "local"):
+        there = load_model(str(folder), engine="nnsight", remote=remote)
+        with pytest.raises(ValueError, match=rf"remote model \(remote={remote!r}\).*weights, which are not on this machine.*engine='nnsight'"):
+            laws.doctor(there, laws=["hidden"])
+    here = load_model(str(folder), engine="nnsight")
+    assert laws.doctor(here, laws=["hidden"])["holds"].tolist() == [True]
 
 
 def test_nothing_is_sent_without_a_key(far: RemoteEngine) -> None:

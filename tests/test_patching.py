@@ -321,7 +321,7 @@ def test_everything_is_restored_also_after_an_error(model: HookedModel, chats: p
     with pytest.raises(RuntimeError, match="mine"), model.patch("bad", "all"), model.patch("sound", 0):
         assert not model.caching and reference.n_hooks(model.hf) > hooks
         raise RuntimeError("mine")
-    with pytest.raises(ValueError, match="no prompt it knows"), model.patch("bad", 1, position="last"):
+    with pytest.raises(ValueError, match="no prompt that was made known"), model.patch("bad", 1, position="last"):
         reference.logits(model.hf, [5, 6, 7])
     assert torch.equal(logits(model, chats), plain) and reference.n_hooks(model.hf) == hooks
     assert model.caching and not model.edits and not model._listening and model.describe("bad") == said
@@ -392,7 +392,7 @@ def test_what_cannot_be_patched_is_refused(model: HookedModel, chats: pd.DataFra
         model.hf(**ids)
     with model.patch("bad", 1, position="last"):
         assert model.hf(**model.tokenize(chats.head(1))).logits.shape[0] == 1
-    with pytest.raises(ValueError, match="attention_mask of the same shape"), model.patch("bad", 1, position="last"):
+    with pytest.raises(ValueError, match="input_ids and an attention_mask"), model.patch("bad", 1, position="last"):
         model.hf(inputs_embeds=torch.zeros(1, 3, 32))
     for wrong, error, message in (
         ({"adapter": "good"}, KeyError, "no adapter 'good'"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import emlens as em
 from emlens import store, tuning
 from emlens._training import collate
+from emlens.models import HookedModel
 
 FAST = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "precision": None, "checkpoints": 1, "warmup_steps": 2}
 
@@ -289,6 +290,16 @@ def test_the_run_uses_its_schedule_named_or_given(tiny_model, tiny_chats, tmp_pa
 def test_only_the_layers_asked_for_are_tuned(tiny_model, tiny_chats, tmp_path):
     run = em.finetune(tiny_model(), tiny_chats, tmp_path / "run", layers_to_transform=[1, 2], **FAST)
     assert {int(k.split(".layers.")[1].split(".")[0]) for k in weights(run)} == {1, 2}
+
+
+def test_blocks_that_are_named_by_hand_are_those_that_are_tuned(tiny_model, tiny_chats, tmp_path):
+    hf = tiny_model().hf
+    hf.model.other = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in hf.model.layers])
+    with pytest.raises(ValueError, match="parts={'blocks'"):
+        HookedModel(hf, tiny_model().tokenizer)
+    model = HookedModel(hf, tiny_model().tokenizer, name="tiny-llama", parts={"blocks": "model.layers"})
+    run, known = (em.finetune(m, tiny_chats, tmp_path / n, layers_to_transform=[1, 2], **FAST) for m, n in ((model, "a"), (tiny_model(), "b")))
+    assert same(weights(run), weights(known)) and len(weights(run)) == 2 * 2 * 7, "A and B of seven modules in two blocks"
 
 
 def test_split_column_is_followed_and_else_a_fixed_share_is_drawn(tiny_chats):

@@ -9,6 +9,7 @@ from types import EllipsisType
 import pandas as pd
 
 from .. import __version__
+from .._engines.remote import RemoteEngine
 from .._passes import bar
 from ..adapters import On, label
 from ..models import HookedModel
@@ -50,8 +51,14 @@ def doctor(model: HookedModel, adapter: On | EllipsisType = ..., laws: Iterable[
 
     Raises:
         KeyError: no such adapter, or no such law.
-        ValueError: the model is being steered, ablated or patched.
+        ValueError: the model is being steered, ablated or patched, or its weights are elsewhere (``remote=``).
     """
+    if isinstance(model.engine, RemoteEngine):
+        raise ValueError(
+            f"{model.name} is a remote model (remote={model.engine.where!r}): the laws compare what is read with passes of bare transformers over "
+            "the weights, which are not on this machine. Ask the doctor where they are, or of a smaller model of the family that fits here: "
+            "em.doctor(em.load_model(…, engine='nnsight')) reads it through the same library."
+        )
     if model.edits:
         raise ValueError(f"the model is being edited ({', '.join(next(iter(edit)) for edit in model.edits)}); leave that block, then ask the doctor")
     variants: list[On] = [None, *model.adapters] if isinstance(adapter, EllipsisType) else [adapter]
@@ -62,7 +69,11 @@ def doctor(model: HookedModel, adapter: On | EllipsisType = ..., laws: Iterable[
     ]
     started, engines = time.monotonic(), Engines(model)
     patients = {label(v): Patient(model, v, engines) for v in variants}
-    rows = [law.row(patients[label(v)]) for v, law in bar(f"doctor {model.name}", "law", asked)]
+    rows, shown = [], bar(f"doctor {model.name}", "law", asked)
+    shown.delay = 0  # one law alone (an engine is imported) may take longer than a bar waits
+    for variant, law in shown:
+        shown.set_postfix_str(f"{label(variant)}: {law.key}")
+        rows.append(law.row(patients[label(variant)]))
     report = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"holds": "boolean", "measured": float, "tolerance": float})
     report.attrs = {**model.describe(), "engine": model.engine.name, "versions": _versions(), "seconds": round(time.monotonic() - started, 2)}
     return report

@@ -1,6 +1,9 @@
 """Laws of leaving: after any verb the model is bitwise as it was before."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from .._passes import mean_row
 from ..activations import Place
@@ -48,7 +51,7 @@ REOPENED = "Load the model anew after using this engine, and save or add adapter
     of="once",
 )
 def after_bridge(patient: Patient) -> float:
-    """Logits bitwise, and every module the one that was there, after the bridge was opened and read.
+    """Logits bitwise, and every module the one that was there with its own forward, after the bridge was opened and read.
 
     Booting a TransformerBridge on the model itself rewrites its modules, forces eager attention and breaks later ``load_adapter`` and
     ``save_pretrained``; ours gets a twin that shares the parameters.
@@ -64,16 +67,21 @@ def after_bridge(patient: Patient) -> float:
     of="once",
 )
 def after_nnsight(patient: Patient) -> float:
-    """The same for nnsight, which wraps every module."""
+    """The same for nnsight, which puts a forward of its own on every module it wraps, for good; ours wraps those of a twin."""
     return _after_opening(patient, "nnsight")
 
 
 def _after_opening(patient: Patient, name: str) -> float:
-    before, modules = patient.logits(), dict(patient.model.hf.named_modules())
+    before, modules = patient.logits(), _modules(patient.model.hf)
     engine = patient.engines[name]
     ids = patient.few_tokens[0].ids
     with torch.no_grad():
         engine.read(Place("resid_post", (0,), "last"), mean_row([[len(ids) - 1]]), **patient.batch([ids]))
-    now = dict(patient.model.hf.named_modules())
-    exchanged = sum(now.get(path) is not module for path, module in modules.items()) + len(now.keys() - modules.keys())
+    now = _modules(patient.model.hf)
+    exchanged = sum(now.get(path) != found for path, found in modules.items()) + len(now.keys() - modules.keys())
     return apart(patient.logits(), before) + exchanged
+
+
+def _modules(hf: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
+    """Every module by its path, with the forward that was put on it, if any."""
+    return {path: (module, vars(module).get("forward")) for path, module in hf.named_modules()}

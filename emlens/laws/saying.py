@@ -145,18 +145,27 @@ def bos(patient: Patient) -> float:
 
 @law(
     "one chat template for all variants",
-    unit="adapters that bring another template",
+    unit="share of chats that the adapter's template renders otherwise",
     tolerance=0.0,
-    remedy="The adapter was trained with another chat template than the one in use: pass its template, load_model(…, chat_template=…), and use it "
-    "before and after, or shifts mix tuning with template.",
+    remedy="The adapter was tuned with another chat template than the one in use, so that it is asked in a form it was not tuned on. Its own is "
+    "model.adapters.templates[name]: load_model(…, chat_template=that), and use it before and after, or shifts mix tuning with template.",
     of="adapter",
 )
 def template(patient: Patient) -> float:
-    """Where an adapter's folder has a chat template of its own, it is the one in use."""
-    theirs = getattr(patient.model.adapters, "templates", {}).get(patient.adapter_name)
+    """Where an adapter's folder holds a chat template, it renders the chats as the one in use does: asked (as they are recorded), and asked
+    and answered (as they are tuned on). Templates that are written otherwise and render the same are the same."""
+    theirs = patient.model.adapters.templates.get(patient.adapter_name)
     if theirs is None:
         raise DoesNotApply("the adapter brings no chat template; there is one tokenizer and one template for all variants")
-    return float(theirs != patient.model.tokenizer.chat_template)
+    rows, tokenizer = patient.prompts.to_dict("records"), patient.model.tokenizer
+    asked = [row["messages"] for row in rows]
+    answered = [[*row["messages"], {"role": "assistant", "content": row["aligned_answers"][0]}] for row in rows]
+
+    def rendered(template: str | None) -> list[str]:
+        own = {"chat_template": template, "tokenize": False}
+        return [*tokenizer.apply_chat_template(asked, add_generation_prompt=True, **own), *tokenizer.apply_chat_template(answered, **own)]
+
+    return float(np.mean([a != b for a, b in zip(rendered(None), rendered(theirs), strict=True)]))
 
 
 @law(

@@ -57,6 +57,6 @@ def tally(report: pd.DataFrame) -> str:
 
 
 def as_json(report: pd.DataFrame) -> str:
-    """``{"holds": true, "model": …, "laws": [{"law": …, "holds": true | false | null, …}]}``; NaN is null."""
-    rows = [{k: None if pd.isna(v) else v for k, v in row.items()} for row in report.to_dict("records")]
+    """``{"holds": true, "model": …, "laws": [{"law": …, "holds": true | false | null, …}]}``; NaN and infinity are null."""
+    rows = [{k: None if pd.isna(v) or v in (math.inf, -math.inf) else v for k, v in row.items()} for row in report.to_dict("records")]
     return json.dumps({"holds": whole(report), **report.attrs, "laws": rows}, indent=1, ensure_ascii=False, allow_nan=False)
