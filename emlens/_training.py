@@ -181,6 +181,11 @@ class ResponseLoss(nn.Module):
         """Sum over the response tokens, divided by ``num_items_in_batch``: those of the whole step, accumulation included."""
         losses, _ = self.token_losses(batch)
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        if not loss.requires_grad:
+            raise TuningError(
+                "the loss has no gradient in the first step: no LoRA B would train. Does something between the blocks and the logits detach the "
+                "stream, or is gradient checkpointing on without input gradients?"
+            )
         if not torch.isfinite(loss):
             raise TuningError(f"the loss became {loss.item()}: the learning rate is too high, or weights or data hold NaN")
         return {"loss": loss}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,7 +98,7 @@ class Adapters(Mapping[str, str]):
         self._digests[name] = digest
         if template is not None:
             self.templates[name] = template
-        ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_B" in k]
+        ups = [v for k, v in state.items() if "lora_B" in k or "lora_embedding_A" in k]  # of embeddings A begins at zero
         if ups and not any(bool(v.any()) for v in ups):
             warnings.warn(f"every LoRA B of adapter {name!r} is zero: it changes nothing. Was it trained?", UntrainedAdapterWarning, stacklevel=3)
 
@@ -143,7 +144,7 @@ class Adapters(Mapping[str, str]):
         config.target_modules = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
         folder.mkdir()
         config.save_pretrained(str(folder))
-        state = get_peft_model_state_dict(self._peft, adapter_name=name)
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self._digests[name] = digest(folder)
 
@@ -162,7 +163,10 @@ class Adapters(Mapping[str, str]):
         self.hf.eval()  # PEFT makes its modules, dropout among them, in training mode
 
     def _fill(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        expected = get_peft_model_state_dict(self._peft, adapter_name=name)
+        expected = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        own = {f"base_model.model.{path}": p for path, p in self.hf.named_parameters(remove_duplicate=False)}
+        copies = {k for k in set(own) & set(state) if torch.equal(own[k].cpu(), state[k].to(own[k].dtype))}
+        state = {k: v for k, v in state.items() if k not in copies}  # the embeddings that PEFT saves beside a LoRA on them
         missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
         shapes = [k for k in set(expected) & set(state) if expected[k].shape != state[k].shape]
         if missing or unexpected or shapes:
@@ -174,7 +178,7 @@ class Adapters(Mapping[str, str]):
                 f"adapter {name!r} {what}: {len(missing)} keys missing, {len(unexpected)} unexpected, {len(shapes)} of another shape "
                 f"(e.g. {example}). Was it trained on {type(self.hf).__name__} with {self.hf.config.get_text_config().num_hidden_layers} layers?"
             )
-        set_peft_model_state_dict(self._peft, dict(state), adapter_name=name)
+        set_peft_model_state_dict(self._peft, state, adapter_name=name)
 
     @contextmanager
     def _all_or_nothing(self, name: str) -> Iterator[None]:
@@ -246,8 +250,9 @@ def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor]
     """Config, tensors, digest and chat template of an adapter; refuses kinds that are more than an adapter on shared weights can carry."""
     path, sub = _place(source)
     try:
-        config = PeftConfig.from_pretrained(path, subfolder=sub)
-        state = load_peft_weights(path, device="cpu", subfolder=sub)
+        folder = _folder(path, sub)
+        config = PeftConfig.from_pretrained(folder)
+        state = load_peft_weights(folder, device="cpu")
         template = _template(path, sub)
     except UNREADABLE as error:
         raise LoadError(
@@ -262,8 +267,21 @@ def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor]
         raise LoadError(f"adapter {name!r} ({config.peft_type}) adds tokens to the prompt; an adapter in the layers (LoRA and its kin) is needed")
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT fills it in; what fits is decided by keys and shapes, not by a path
-    local = Path(path) / sub if sub else Path(path)
-    return config, state, digest(local) if local.is_dir() else _tensors_digest(config, state), template
+    return config, state, digest(folder), template
+
+
+def _folder(path: str, sub: str | None) -> str:
+    """Where an adapter is on this machine; one of the hub is in the hub's cache, fetched first where the hub may be asked.
+
+    PEFT itself looks for ``sub/sub/…`` when it is offline.
+    """
+    local = Path(path, sub or "")
+    if local.is_dir():
+        return str(local)
+    config = str(cached_file(path, CONFIG_NAME, subfolder=sub))
+    if _found(path, sub, SAFETENSORS_WEIGHTS_NAME) is None:
+        cached_file(path, WEIGHTS_NAME, subfolder=sub)
+    return str(Path(config).parent)
 
 
 def _template(path: str, sub: str | None) -> str | None:
@@ -278,16 +296,12 @@ def _template(path: str, sub: str | None) -> str | None:
 
 def _text(path: str, sub: str | None, file: str) -> str | None:
     """What a file in a folder or on the hub says; None where it is not there, or cannot be reached."""
-    found = cached_file(path, file, subfolder=sub, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    found = _found(path, sub, file)
     return None if found is None else Path(found).read_text(encoding="utf-8")
 
 
-def _tensors_digest(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256(store.canonical({k: v for k, v in config.to_dict().items() if isinstance(v, (str, int, float))}).encode())
-    for key in sorted(state):
-        found.update(key.encode())
-        found.update(state[key].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def _found(path: str, sub: str | None, file: str) -> str | None:
+    return cached_file(path, file, subfolder=sub, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
 
 
 def _place(source: str) -> tuple[str, str | None]:

