@@ -110,6 +110,15 @@ def score_whole(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.devic
     return -(losses.double() * (mask[:, at] * (at >= starts[:, None]))).sum(dim=1).cpu().numpy()
 
 
+def response_log_probs(hf: Any, tokens: Sequence[Tokens], pad: int, device: torch.device) -> list[Float[Tensor, "token vocab"]]:
+    """Log-probabilities (float32) of every next token at the places that predict each response's tokens; no cache."""
+    ids, mask = padded([t.ids for t in tokens], pad, device)
+    start = min(t.n_prompt for t in tokens) - 1
+    at = torch.arange(start, ids.shape[1] - 1, device=device)
+    logits = hf(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=at).logits.float()
+    return [one[t.n_prompt - 1 - start : len(t.ids) - 1 - start].log_softmax(dim=-1) for one, t in zip(logits, tokens, strict=True)]
+
+
 def autocast(device: torch.device, precision: str | None) -> Any:
     """None: the dtype of the weights. ``"bfloat16"``: matrix products in bfloat16, sums and norms in float32."""
     if precision in (None, "float32"):

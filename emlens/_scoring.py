@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from . import loading
 from ._core import Core, as_table
-from ._passes import autocast, padded, plan, progress, score_responses, score_whole, shared_prompt_batches
+from ._passes import autocast, padded, plan, progress, response_log_probs, score_responses, score_whole, shared_prompt_batches
 from .adapters import On, label
 from .positions import Tokens, tokenize
 from .prompts import user_text
@@ -57,6 +58,20 @@ class Scoring(Core):
             for batch in progress(batches, f"score {label(adapter)}"):
                 total[batch] = score(hf, [tokens[i] for i in batch], self.pad, self.device)
         return total
+
+    def _response_tokens(self, prompts: pd.DataFrame) -> list[tuple[int, ...]]:
+        """Ids of each row's response."""
+        return [t.ids[t.n_prompt :] for t in self._tokens(prompts, response=True)]
+
+    def _response_log_probs(self, prompts: pd.DataFrame, adapter: On) -> list[Float[Tensor, "token vocab"]]:
+        """Log-probabilities of the whole vocabulary at every token of each row's response."""
+        tokens = self._tokens(prompts, response=True)
+        out: list[Tensor] = [torch.empty(0)] * len(tokens)
+        with self.using(adapter) as hf, torch.no_grad():
+            for batch in plan([len(t.ids) for t in tokens]):
+                for i, found in zip(batch, response_log_probs(hf, [tokens[i] for i in batch], self.pad, self.device), strict=True):
+                    out[i] = found
+        return out
 
     def margin(self, prompts: Any, adapter: On = None, precision: str | None = None) -> pd.DataFrame:
         """Preference for aligned over misaligned contrast answers, without sampling or a judge.

@@ -1,6 +1,6 @@
 """Dose-response along a direction, beside norm-matched random directions at the same places and strengths."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,11 +10,14 @@ from jaxtyping import Float
 from scipy import stats as scipy_stats
 
 from . import stats
+from .activations import Activations
+from .coherence import Meter, neutral_texts
 from .directions import Direction, random_directions
 from .models import HookedModel
 from .prompts import load_prompts
 
 NULL = "norm-matched random directions"
+MATCHED = "covariance-matched random directions"
 UNIFORM = "uniform on the sphere (a lenient control: most of such a direction lies where activations hardly vary)"
 
 
@@ -27,11 +30,15 @@ def dose_response(
     controls: int = 20,
     judge: None = None,
     *,
+    reference: Activations | None = None,
+    texts: Any = None,
+    new_tokens: int = 0,
+    toward: str = "lower",
     adapter: str | None = None,
     precision: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How the margin answers to a direction, dose by dose, and how much of that any direction of equal norm would do.
+    """How the margin answers to a direction, dose by dose, what the same doses do to unrelated text, and how much of both any direction would do.
 
     Args:
         model: the model to steer.
@@ -41,17 +48,94 @@ def dose_response(
         strengths: in units of the median residual norm at the layer; negative goes the other way.
         controls: random directions, uniform on the sphere, each steered at every layer and strength.
         judge: only None so far: the margin is read.
+        reference: Activations of the untouched model at these layers; as many directions again are drawn from their covariance (a second null).
+        texts: rows with responses on which damage is read (:class:`emlens.coherence.Meter`); default our neutral questions.
+        new_tokens: length of greedy answers to them whose fluency is read too; 0: none.
+        toward: ``"lower"`` or ``"higher"``: what is asked of the margin, for :func:`recommend`.
         adapter, precision: as in :meth:`HookedModel.margin`.
 
     Returns:
-        Result with keys ``layer, strength``, metric ``margin``: mean change of the margin (nats/token) against the unsteered model, bootstrap
-        interval over questions (whole categories where there are any); null: the random directions' mean changes (:func:`among_random`); q by
-        Benjamini–Hochberg over all layers and strengths. :func:`slopes` makes one test a layer of the same rows.
+        Result with keys ``layer, strength``; metric ``margin``: mean change of the margin (nats/token) against the unsteered model, bootstrap
+        interval over questions (whole categories where there are any); metrics ``kl``, ``perplexity_ratio`` (and ``fluency``): means over the
+        texts. Nulls: the random directions' means (:func:`among_random`); q by Benjamini–Hochberg over all layers and strengths of a metric and
+        null. ``attrs["recommended"]``: :func:`recommend`. :func:`slopes` makes one test a layer of :func:`steered_margins`.
     """
     if judge is not None:
         raise ValueError("dose_response reads the margin; pass judge=None and questions with contrast answers")
-    arms = {"direction": direction} | {f"random {i}": d for i, d in enumerate(random_directions(direction, controls, seed))}
-    return summarise(steered_margins(model, arms, questions, layers, strengths, adapter=adapter, precision=precision), seed=seed)
+    drawn = {NULL: (UNIFORM, random_directions(direction, controls, seed))}
+    if reference is not None:
+        drawn[MATCHED] = (f"drawn from the covariance of {reference.n_prompts} activations", random_directions(direction, controls, seed, reference))
+    arms = {"direction": direction} | {f"{null} {i}": d for null, (_, several) in drawn.items() for i, d in enumerate(several)}
+    doses, places = list(strengths), list(layers)
+    margins = steered_margins(model, arms, questions, places, doses, adapter=adapter, precision=precision)
+    meter = Meter(model, neutral_texts() if texts is None else load_prompts(texts), adapter, new_tokens)
+    damage = _along(model, arms, places, doses, meter.read).assign(category="")
+    parts = []
+    for null, (how, _) in drawn.items():
+        of = [frame[frame["direction"].isin(["direction", *[a for a in arms if a.startswith(null)]])] for frame in (margins, damage)]
+        renamed = [frame.assign(direction=frame["direction"].str.replace(null, "random", regex=False)) for frame in of]
+        parts.append(summarise(renamed[0], seed=seed, drawn=how, null=null))
+        parts += [summarise(renamed[1], seed=seed, drawn=how, null=null, metric=m, value=m) for m in damage.columns if m in METRICS]
+    told = {null: part.attrs["null"][null] for part in parts for null in part.attrs["null"]}
+    out = stats.result(
+        pd.concat(parts, ignore_index=True), ["layer", "strength"], what="steering: change of the margin (nats/token), and damage", correction="bh",
+        family=["metric", "null"], seed=seed, null=told, interval=parts[0].attrs["interval"],
+    )  # fmt: skip
+    out.attrs["recommended"] = recommend(margins, damage, toward, seed=seed)
+    return out
+
+
+METRICS = ("kl", "perplexity_ratio", "fluency")
+"""What :class:`emlens.coherence.Meter` reads."""
+
+
+def recommend(margins: pd.DataFrame, damage: pd.DataFrame, toward: str = "lower", at_most: float = 1.5, seed: int = 0) -> dict[str, Any]:
+    """A layer and strength chosen on one half of the questions, with what it does on the other half.
+
+    The rule, fixed before looking: of the doses whose perplexity on unrelated text is at most ``at_most`` times the untouched model's, the one
+    that moves the margin of the first half of the questions (every second of each category) furthest ``toward`` where it is wanted.
+
+    Args:
+        margins: of :func:`steered_margins`; damage: of the same doses (``direction, layer, strength, perplexity_ratio``).
+
+    Returns:
+        ``layer, strength, chosen_on`` (mean change on the first half), ``estimate, low, high, n`` (on the second: bootstrap, whole categories),
+        ``perplexity_ratio``, ``toward``, ``at_most``; ``layer`` None where no dose is mild enough, or none moves the margin that way.
+    """
+    if toward not in ("lower", "higher"):
+        raise ValueError(f"toward={toward!r}; 'lower' or 'higher'")
+    sign = -1.0 if toward == "lower" else 1.0
+    own = margins[(margins["direction"] == "direction") & (margins["strength"] != 0)]
+    first_half = own.drop_duplicates("id").groupby("category")["id"].transform(lambda ids: np.arange(len(ids)) % 2 == 0)
+    chosen_ids = set(own.drop_duplicates("id")["id"][first_half.astype(bool)])
+    ratio = damage[damage["direction"] == "direction"].groupby(["layer", "strength"])["perplexity_ratio"].mean()
+    on_first = own[own["id"].isin(chosen_ids)].groupby(["layer", "strength"])["change"].mean() * sign
+    mild = on_first[ratio.reindex(on_first.index).to_numpy() <= at_most]
+    said: dict[str, Any] = {"toward": toward, "at_most": at_most, "layer": None}
+    if mild.empty or mild.max() <= 0:
+        return said
+    layer, strength = mild.idxmax()
+    rest = own[(own["layer"] == layer) & (own["strength"] == strength) & ~own["id"].isin(chosen_ids)]
+    low, high = stats.bootstrap_interval(rest["change"].to_numpy(), clusters=_categories(rest), seed=seed)
+    return said | {
+        "layer": int(layer), "strength": float(strength), "chosen_on": float(mild.max() * sign), "estimate": float(rest["change"].mean()),
+        "low": float(low), "high": float(high), "n": len(rest), "perplexity_ratio": float(ratio[layer, strength]),
+    }  # fmt: skip
+
+
+def _along(
+    model: HookedModel, directions: Mapping[str, Direction], layers: Iterable[int], strengths: Iterable[float], measure: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
+    """``measure()`` under every direction, layer and strength: its columns and ``direction, layer, strength``."""
+    rows = []
+    for layer in layers:
+        for strength in strengths:
+            for name, direction in directions.items():
+                with model.steer(direction, layer, strength) if strength else nullcontext():
+                    rows.append(measure().assign(direction=name, layer=layer, strength=float(strength)))
+    if not rows:
+        raise ValueError("nothing to steer: give at least one layer, one strength and one direction")
+    return pd.concat(rows, ignore_index=True)
 
 
 def steered_margins(
@@ -71,24 +155,19 @@ def steered_margins(
     """
     table = questions if isinstance(questions, pd.DataFrame) and "messages" in questions else load_prompts(questions)
     base = model.margin(table, adapter=adapter, precision=precision)
-    rows = []
-    for layer in layers:
-        for strength in strengths:
-            for name, direction in directions.items():
-                with model.steer(direction, layer, strength) if strength else nullcontext():
-                    steered = base if not strength else model.margin(table, adapter=adapter, precision=precision)
-                out = pd.DataFrame({"direction": name, "layer": layer, "strength": float(strength), "id": steered["id"]})
-                out["category"] = steered.get("category", "")
-                rows.append(out.assign(margin=steered["margin"], change=steered["margin"].to_numpy() - base["margin"].to_numpy()))
-    if not rows:
-        raise ValueError("nothing to steer: give at least one layer, one strength and one direction")
-    return pd.concat(rows, ignore_index=True)
+
+    def measure() -> pd.DataFrame:
+        now = model.margin(table, adapter=adapter, precision=precision) if model.edits else base
+        return pd.DataFrame({"id": now["id"], "category": now.get("category", ""), "margin": now["margin"], "change": now["margin"] - base["margin"]})
+
+    found = _along(model, directions, layers, strengths, measure)
+    return found[["direction", "layer", "strength", "id", "category", "margin", "change"]]
 
 
-def random_means(margins: pd.DataFrame) -> pd.DataFrame:
-    """Mean change of each random direction: ``layer, strength, direction`` (its number), ``margin_change``."""
+def random_means(margins: pd.DataFrame, value: str = "change") -> pd.DataFrame:
+    """Mean change of each random direction: ``layer, strength, direction`` (its number), ``margin_change`` (for another ``value``, its name)."""
     drawn = margins[margins["direction"].str.startswith("random ")]
-    means = drawn.groupby(["layer", "strength", "direction"], as_index=False)["change"].mean()
+    means = drawn.groupby(["layer", "strength", "direction"], as_index=False)[value].mean()
     return means.assign(direction=means["direction"].str.removeprefix("random ").astype(int)).rename(columns={"change": "margin_change"})
 
 
@@ -136,22 +215,25 @@ def slopes(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str
     )  # fmt: skip
 
 
-def summarise(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str = UNIFORM) -> pd.DataFrame:
+def summarise(
+    margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str = UNIFORM, null: str = NULL, metric: str = "margin", value: str = "change"
+) -> pd.DataFrame:
     """The table of :func:`steered_margins` as a Result, dose by dose: the direction's mean change beside the random directions'.
 
-    ``drawn`` says where the random directions come from, for the words beside the numbers.
+    ``drawn`` says where the random directions come from, for the words beside the numbers; ``metric`` what the column ``value`` is called.
     """
-    means = random_means(margins)
+    means = random_means(margins, value).rename(columns={"margin_change": "change", value: "change"})
     rows: list[dict[str, Any]] = []
     for (layer, strength), own in margins[margins["direction"] == "direction"].groupby(["layer", "strength"]):
-        null = means[(means["layer"] == layer) & (means["strength"] == strength)]["margin_change"].to_numpy()
-        low, high = stats.bootstrap_interval(own["change"].to_numpy(), clusters=_categories(own), level=level, seed=seed)
-        row = {"layer": layer, "strength": strength, "metric": "margin", "estimate": own["change"].mean(), "low": low, "high": high, "n": len(own)}
+        others = means[(means["layer"] == layer) & (means["strength"] == strength)]["change"].to_numpy()
+        each = own[value].dropna()
+        low, high = stats.bootstrap_interval(each.to_numpy(), clusters=_categories(own), level=level, seed=seed) if len(each) else (np.nan, np.nan)
+        row = {"layer": layer, "strength": strength, "metric": metric, "estimate": each.mean(), "low": low, "high": high, "n": len(each)}
         row["n_clusters"] = _n_categories(own)
-        rows.append(row | ({"null": NULL, **among_random(row["estimate"], null, level)} if strength else {"null": NULL}))
+        rows.append(row | ({"null": null, **among_random(row["estimate"], others, level)} if strength else {"null": null}))
     return stats.result(
         rows, ["layer", "strength"], what="change of the margin under steering, nats/token", correction="bh", seed=seed,
-        null={NULL: _hypothesis(margins, drawn)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
+        null={null: _hypothesis(margins, drawn)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
     )  # fmt: skip
 
 

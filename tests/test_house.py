@@ -81,7 +81,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_training": {"_engines", "_passes", "models", "positions", "prompts", "store"},
     "laws": {"models", "_engines", "_families", "_passes", "activations", "adapters", "directions", "loading", "positions", "prompts", ""},
     "tuning": {"_training", "models", "loading", "_engines", "_passes", "positions", "prompts", "store"},
-    "steering": {"models", "directions", "stats", "prompts"},
+    "coherence": {"models", "patching", "prompts"},
+    "steering": {"models", "activations", "coherence", "directions", "stats", "prompts"},
     "personas": {"models", "activations", "directions", "positions", "prompts", "stats"},
     "screening": {"models", "directions", "positions", "prompts", "stats", "store"},
     "dynamics": {"models", "tuning"},  # reads the noun that tuning makes, a Run
@@ -92,7 +93,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> the rooms of ours it may import ("" is the package itself, for ``__version__``). A new room is entered here on purpose."""
 
-MODEL_ROOMS = {"loading", "adapters", "models", "tuning", "_core", "_engines", "_families", "_passes", "_passing", "_recording", "_scoring", "_training"}
+MODEL_ROOMS = {
+    "loading", "adapters", "models", "tuning", "_core", "_engines", "_families", "_passes", "_passing", "_recording", "_scoring", "_training",
+    "coherence",
+}  # fmt: skip
 """Where a model is loaded, read, edited or trained."""
 
 DOORS: dict[str, set[str]] = {

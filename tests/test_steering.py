@@ -1,5 +1,7 @@
 """Guards the dose-response: a planted direction is found beside random ones, one drawn among them is not, and the level is kept."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,8 @@ from scipy import stats as scipy_stats
 from tiny import contrast, random_direction
 
 from emlens import steering
+from emlens.coherence import Meter
+from emlens.prompts import load_prompts
 
 STRENGTHS = (-1.0, -0.5, 0.5, 1.0)
 COLUMNS = ["metric", "estimate", "low", "high", "null", "null_low", "null_high", "p", "q", "n"]
@@ -96,16 +100,67 @@ def test_among_too_few_random_directions_there_is_no_test() -> None:
 
 def test_dose_response_on_a_model() -> None:
     model, questions = tiny.tiny_model("llama"), contrast(4)
-    direction = random_direction(model)
-    table = steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], controls=3, seed=4)
+    direction, texts = random_direction(model), tiny.tiny_chats(3)
+    ask: dict[str, Any] = {"controls": 3, "seed": 4, "texts": texts, "reference": model.record(tiny.tiny_chats(12))}
+    table = steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], **ask)
     assert list(table.columns) == ["layer", "strength", *COLUMNS, "n_clusters"]
-    assert table[["layer", "strength"]].values.tolist() == [[layer, s] for layer in (1, 3) for s in (-0.5, 0.0, 0.5)]
+    assert table.groupby(["metric", "null"]).size().to_dict() == {
+        (m, null): 6 for m in ("margin", "kl", "perplexity_ratio") for null in (steering.NULL, steering.MATCHED)
+    }
+    margin = table[(table["metric"] == "margin") & (table["null"] == steering.NULL)].reset_index(drop=True)
+    assert margin[["layer", "strength"]].values.tolist() == [[layer, s] for layer in (1, 3) for s in (-0.5, 0.0, 0.5)]
     base = model.margin(questions)["margin"]
+    meter = Meter(model, load_prompts(texts))
     with model.steer(direction, 3, 0.5):
-        by_hand = (model.margin(questions)["margin"] - base).mean()
-    assert table["estimate"].iloc[5] == pytest.approx(by_hand, abs=1e-9) and abs(by_hand) > 1e-4
-    assert (table.query("strength == 0")["estimate"] == 0).all() and table.query("strength == 0")["p"].isna().all()
-    assert table.query("strength != 0")[["p", "q", "null_low", "null_high"]].notna().all(axis=None)
-    assert table.equals(steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], controls=3, seed=4))
+        by_hand, damage = (model.margin(questions)["margin"] - base).mean(), meter.read()
+    assert margin["estimate"].iloc[5] == pytest.approx(by_hand, abs=1e-9) and abs(by_hand) > 1e-4
+    there = table.query("layer == 3 and strength == 0.5").groupby("metric")["estimate"].first()
+    assert there["kl"] == pytest.approx(damage["kl"].mean()) and there["perplexity_ratio"] == pytest.approx(damage["perplexity_ratio"].mean())
+    still = table.query("strength == 0")
+    assert still.groupby("metric")["estimate"].unique().map(list).to_dict() == {"margin": [0], "kl": [0], "perplexity_ratio": [1]}
+    assert still["p"].isna().all() and table.query("strength != 0")[["p", "q", "null_low", "null_high"]].notna().all(axis=None)
+    assert table.query("metric == 'kl' and strength != 0")["null_high"].min() > 0, "random directions do damage too"
+    assert "12 activations" in table.attrs["null"][steering.MATCHED] and "sphere" in table.attrs["null"][steering.NULL]
+    assert table.equals(steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], **ask))
     with pytest.raises(ValueError, match="nothing to steer"):
         steering.dose_response(model, direction, questions, [], [1.0], controls=1)
+
+
+def dosed(effect: float, ratios: dict[float, float], seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One layer; the margin changes by effect × strength; unrelated text is as the ratios say."""
+    rng = np.random.default_rng(seed)
+    rows = [(s, q, effect * s + rng.normal(0, 0.05)) for s in ratios for q in range(40)]
+    margins = pd.DataFrame(rows, columns=["strength", "number", "change"])
+    margins = margins.assign(
+        direction="direction", layer=7, id=margins["number"].map("q{}".format), category=margins["number"].map(lambda q: f"c{q % 5}")
+    )
+    damage = pd.DataFrame({"direction": "direction", "layer": 7, "strength": list(ratios), "perplexity_ratio": list(ratios.values())})
+    return margins, damage
+
+
+def test_the_recommended_dose_is_mild_and_reported_on_the_other_half() -> None:
+    margins, damage = dosed(-0.4, {0.5: 1.1, 1.0: 1.4, 2.0: 9.0})
+    said = steering.recommend(margins, damage)
+    assert (said["layer"], said["strength"], said["n"]) == (7, 1.0, 20) and said["low"] < -0.4 < said["high"]
+    chosen = {f"q{q}" for q in range(40) if (q // 5) % 2 == 0}  # every second of each category of five
+    first = margins[margins["id"].isin(chosen) & (margins["strength"] == 1.0)]["change"]
+    assert said["chosen_on"] == pytest.approx(first.mean())
+    rest = margins[~margins["id"].isin(chosen) & (margins["strength"] == 1.0)]["change"]
+    assert said["estimate"] == pytest.approx(rest.mean())
+    assert steering.recommend(margins, damage, at_most=10.0)["strength"] == 2.0
+    for nothing in (steering.recommend(margins, damage, "higher"), steering.recommend(margins, damage, at_most=1.05)):
+        assert nothing["layer"] is None
+    with pytest.raises(ValueError, match="'lower' or 'higher'"):
+        steering.recommend(margins, damage, "down")
+
+
+def test_a_dose_chosen_among_nothing_shows_nothing_on_the_other_half() -> None:
+    """The half it was chosen on flatters; the other does not."""
+    flattered, honest = [], []
+    for seed in range(200):
+        said = steering.recommend(*dosed(0.0, {0.25 * k: 1.0 for k in range(1, 9)}, seed))
+        if said["layer"] is not None:
+            flattered.append(said["chosen_on"])
+            honest.append(said["estimate"])
+    assert len(honest) > 190 and np.mean(flattered) < -0.01
+    assert abs(np.mean(honest)) < 4 * np.std(honest) / np.sqrt(len(honest)) + 1e-4
