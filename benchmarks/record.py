@@ -119,35 +119,32 @@ def matmul(model: Any, tokens: int) -> None:
                 m(inputs[m.in_features][: tokens - begun])
 
 
-def interleaved(contest: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant, round by round, in another order each round."""
+def interleaved(contest: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of every contestant, round by round, in another order each round; and what each gave last."""
+    given: dict[str, Any] = {}
     times: dict[str, list[float]] = {name: [] for name in contest}
     for turn in range(rounds):
         for name in np.random.default_rng(turn).permutation(list(contest)):
             gc.collect()
             started = time.perf_counter()
-            contest[name]()
+            given[name] = contest[name]()
             times[name].append(time.perf_counter() - started)
         print(f"round {turn + 1}: " + ", ".join(f"{k} {v[-1]:.2f}" for k, v in times.items()), file=sys.stderr, flush=True)
-    return times
-
-
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(statistics.median(each), 3) for name, each in times.items()}
+    return {name: round(statistics.median(each), 3) for name, each in times.items()}, given
 
 
 def against_rivals(model: Any, prompts: Any, names: list[str], rounds: int, budget: int) -> dict[str, Any]:
     rows = [list(t.ids) for t in model._tokens(prompts, response=False)]
     record = partial(model.record, prompts, budget=budget)
-    acts = record()
     contest: dict[str, Callable[[], Any]] = {"record": record, **rivals(model, rows, names)}
-    apart = {}
+    prefix = model.record(prompts.head(8)).meta["plan"]["prefix"]
+    left = sum(len(r) - prefix for r in rows)
+    took, given = interleaved({**contest, "matmul": partial(matmul, model, left)}, rounds)
+    apart, ours = {}, given["record"].values
     for name in contest.keys() - {"record", "plain"}:
-        theirs = torch.cat([x.float() for x in contest[name]()]).numpy()
+        theirs = torch.cat([x.float() for x in given[name]]).numpy()
         upto = slice(0, -1) if name == "hidden" else slice(None)
-        apart[name] = float(np.linalg.norm(theirs[:, upto] - acts.values[:, upto]) / np.linalg.norm(acts.values[:, upto]))
-    left = sum(len(r) - acts.meta["plan"]["prefix"] for r in rows)
-    took = medians(interleaved({**contest, "matmul": partial(matmul, model, left)}, rounds))
+        apart[name] = float(np.linalg.norm(theirs[:, upto] - ours[:, upto]) / np.linalg.norm(ours[:, upto]))
     return {
         "tokens": sum(map(len, rows)),
         "tokens_passed_by_record": left,
@@ -161,7 +158,7 @@ def against_rivals(model: Any, prompts: Any, names: list[str], rounds: int, budg
 def against_singles(model: Any, prompts: Any, names: Sequence[str], rounds: int) -> dict[str, Any]:
     contest: dict[str, Callable[[], Any]] = {name: partial(model.record, prompts, adapter=name) for name in names}
     together = partial(model.record, prompts, adapters=list(names))
-    took = medians(interleaved({**contest, "together": together}, rounds))
+    took, _ = interleaved({**contest, "together": together}, rounds)
     return {"median_seconds": took, "together_over_mean_single": round(took["together"] / statistics.mean(took[n] for n in names), 3)}
 
 
@@ -169,7 +166,7 @@ def against_tokens(model: Any, prompts: Any, rounds: int) -> dict[str, Any]:
     tokens = {i: len(t.ids) for i, t in enumerate(model._tokens(prompts, response=False))}
     by_length = sorted(tokens, key=tokens.__getitem__)
     parts = {step: by_length[step // 2 :: step] for step in (4, 2, 1)}
-    took = medians(interleaved({str(len(rows)): partial(model.record, prompts.iloc[rows]) for rows in parts.values()}, rounds))
+    took, _ = interleaved({str(len(rows)): partial(model.record, prompts.iloc[rows]) for rows in parts.values()}, rounds)
     passed = {str(len(rows)): sum(tokens[i] for i in rows) for rows in parts.values()}
     per_1000 = {n: round(1000 * took[n] / passed[n], 4) for n in took}
     return {"median_seconds": took, "tokens": passed, "seconds_per_1000_tokens": per_1000}
