@@ -36,8 +36,8 @@ test-all: weights      ## every test, real weights (a base model under Gemma ter
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 check: setup           ## lint, format, types
-	$(BIN)/ruff check emlens tests benchmarks
-	$(BIN)/ruff format --check emlens tests benchmarks
+	$(BIN)/ruff check emlens tests benchmarks analyses
+	$(BIN)/ruff format --check emlens tests benchmarks analyses
 	$(BIN)/mypy
 
 clean:
