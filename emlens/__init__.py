@@ -39,13 +39,15 @@ _WHERE = {
     "held_out_separation": "separation",
     "predict": "prediction",
     "dose_response": "steering",
+    "direction_cosines": "convergence",
+    "ablation_transfer": "convergence",
     "Study": "study",
 }
 
 _ROOMS = (
     "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
-    "geometry", "shifts", "nulls", "directions", "separation", "personas", "screening", "prediction", "ridge", "baselines", "steering", "tuning",
-    "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
+    "geometry", "shifts", "nulls", "directions", "separation", "personas", "screening", "prediction", "ridge", "baselines", "steering",
+    "coherence", "convergence", "tuning", "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

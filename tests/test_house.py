@@ -81,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_training": {"_engines", "_passes", "models", "positions", "prompts", "store"},
     "laws": {"models", "_engines", "_families", "_passes", "activations", "adapters", "directions", "loading", "positions", "prompts", ""},
     "tuning": {"_training", "models", "loading", "_engines", "_passes", "positions", "prompts", "store"},
+    "convergence": {"models", "activations", "directions", "prompts", "stats", "steering"},
     "coherence": {"models", "patching", "prompts"},
     "steering": {"models", "activations", "coherence", "directions", "stats", "prompts"},
     "personas": {"models", "activations", "directions", "positions", "prompts", "stats"},

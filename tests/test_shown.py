@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import emlens as em
@@ -62,6 +63,25 @@ def test_new_family_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("EMLENS_MODEL", str(tmp_path / "model"))
     outputs = run_notebook("new_family.ipynb", tmp_path)
     assert not [o for o in outputs if o.output_type == "error"] and len(outputs) > 5
+
+
+@pytest.mark.slow
+def test_steer_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMLENS_STEER_FEW", "1")
+    outputs = run_notebook("steer.ipynb", tmp_path)
+    assert not [o for o in outputs if o.output_type == "error"] and len(outputs) > 12
+
+
+@pytest.mark.slow
+def test_the_steering_analysis_runs(quick_demo, tmp_path):
+    """The same code on few rows: three tables, each row beside its null or its rivals."""
+    script = str(ROOT / "analyses" / "4_steering.py")
+    done = subprocess.run([sys.executable, script, "--run", str(quick_demo), "--out", str(tmp_path), "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    personas, ablation, screening = (pd.read_csv(tmp_path / f"steering-{name}.csv") for name in ("personas", "ablation", "screening"))
+    assert personas["persona"].tolist() == list(em.personas.TRAITS) and personas[["null_low", "null_high", "p"]].notna().all(axis=None)
+    assert ablation["domain"].tolist() == ["money", "repair"] and ablation["share"].notna().all()
+    assert screening.groupby("metric").size().to_dict() == {"auc": 10, "precision at the top tenth": 10}
 
 
 @pytest.mark.slow
