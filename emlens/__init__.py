@@ -36,6 +36,12 @@ _WHERE = {
     "mean_difference": "directions",
     "random_directions": "directions",
     "project": "directions",
+    "top_prompts": "directions",
+    "pca_direction": "fitting",
+    "lda_direction": "fitting",
+    "logistic_direction": "fitting",
+    "erase": "fitting",
+    "stability": "separation",
     "held_out_separation": "separation",
     "predict": "prediction",
     "dose_response": "steering",
@@ -46,8 +52,8 @@ _WHERE = {
 
 _ROOMS = (
     "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
-    "geometry", "shifts", "nulls", "directions", "separation", "personas", "screening", "prediction", "ridge", "baselines", "steering",
-    "coherence", "convergence", "tuning", "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
+    "geometry", "measures", "shifts", "nulls", "directions", "vectors", "fitting", "separation", "personas", "screening", "prediction", "ridge",
+    "baselines", "steering", "coherence", "convergence", "tuning", "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

@@ -1,8 +1,7 @@
-"""Directions: one unit vector per layer; found as a mean difference, projected on, saved."""
+"""Directions: one unit vector per layer; found as a mean difference, projected on, read as tokens and prompts, saved."""
 
-import hashlib
-import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from . import nulls, store
-from ._sides import check_same_place
+from . import nulls
+from . import vectors as files
+from ._sides import check_same_place, facts_column
 from .activations import Activations, Place
-
-FORMAT = "emlens direction 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +58,10 @@ class Direction:
         name: str = "direction",
         meta: dict[str, Any] | None = None,
     ) -> "Direction":
-        """Normalise rows [layer, d_model] of any length; the lengths are kept in `norms`. Layers default to 0, 1, 2,
-        ..."""
+        """Normalise rows [layer, d_model] of any length; the lengths are kept in `norms`. Layers default to 0, 1, 2, ...
+
+        The last bit of a float32 is chosen such that a file that holds vectors x norms gives the same vectors back.
+        """
         rows = np.asarray(vectors, dtype=np.float64)
         if rows.ndim != 2:
             raise ValueError(f"vectors have shape {rows.shape}: [layer, d_model] is needed, a row per layer")
@@ -70,8 +70,8 @@ class Direction:
         if len(numbers) == len(rows) and not (np.isfinite(lengths) & (lengths > 0)).all():
             bad = [i for i, length in zip(numbers, lengths, strict=True) if not (np.isfinite(length) and length > 0)]
             raise ValueError(f"no direction at layers {bad}: the vector there is zero, NaN or infinite (two equal sides?); leave those layers out")
-        unit = (rows / lengths[:, None]).astype(np.float32)
-        return cls(unit, numbers, site, name, dict(meta or {}), lengths.astype(np.float32))
+        unit, norms = _settled(rows)
+        return cls(unit, numbers, site, name, dict(meta or {}), norms)
 
     @property
     def d_model(self) -> int:
@@ -87,79 +87,90 @@ class Direction:
         place = Place(self.site, self.layers, str(self.meta.get("position", "any position")))
         return f"Direction {self.name!r} · {len(self.layers)} layers × {self.d_model} · {place}"
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write `<name>.safetensors`: tensors `vectors`, `norms`; layers, site, name and meta in the header. Whole or
-        not at all."""
-        from safetensors.numpy import save_file
+    def save(self, path: str | os.PathLike[str], n_layers: int | None = None) -> Path:
+        """Write it in the format of the path's suffix, whole or not at all: `.safetensors` (ours, everything kept), `.pt`
+        (persona vectors), `.gguf` (control vector of llama.cpp and repeng), `.npz`, `.npy`. What belongs where in each, and
+        what it has no place for, says `emlens.vectors`.
 
-        target = _safetensors(path)
-        tensors = {"vectors": np.ascontiguousarray(self.vectors), "norms": np.asarray(self.norms)}
-        facts = {"layers": self.layers, "site": self.site, "name": self.name, "meta": self.meta}
-        told = json.dumps(store.plain(facts), ensure_ascii=False)
-        header = {"format": FORMAT, "direction": told, "sha256": _digest(tensors, told)}
-        with store.replacing(target) as temporary:
-            save_file(tensors, temporary, metadata=header)
-        return target
+        n_layers: number of blocks of the model, which `.pt` and `.npy` have rows for; default: what `meta` says. A
+        direction made by `from_array` or loaded comes back the same to the last bit. Warns where a format has no place for
+        a layer. Errors: ValueError for another suffix, or a site or number of blocks that the format cannot hold.
+        """
+        return files.write(path, files.Rows(self.vectors, self.layers, self.site, self.name, self.meta, self.norms), n_layers)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Direction":
-        """Read what `save` wrote. Errors: FileNotFoundError; ValueError for another suffix or a safetensors file that
-        is not a direction."""
-        from safetensors import SafetensorError, safe_open
+    def load(cls, path: str | os.PathLike[str], like: files.Shaped | None = None) -> "Direction":
+        """Read what `save` or another house wrote.
 
-        target = _safetensors(path)
-        if not target.is_file():
-            raise FileNotFoundError(f"there is no file {target}: save a direction there first, or give the path of one")
-        try:
-            with safe_open(target, framework="numpy") as opened:
-                header = opened.metadata() or {}
-                names: list[str] = list(opened.keys())
-                tensors = {name: opened.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{target} is damaged or not a safetensors file ({error}): write it again") from error
-        if header.get("format") != FORMAT:
-            raise ValueError(
-                f"{target} is no direction of ours (format {header.get('format')!r}, needed {FORMAT!r}): "
-                "read the file yourself and build one with Direction.from_array(vectors, layers)"
-            )
-        if set(tensors) != {"vectors", "norms"} or _digest(tensors, header["direction"]) != header.get("sha256"):
-            raise ValueError(f"{target} is damaged: its content is not what its header says: write it again")
-        facts = json.loads(header["direction"])
-        return cls(tensors["vectors"], tuple(facts["layers"]), facts["site"], facts["name"], facts["meta"], tensors["norms"])
+        like: a model, or `vectors.Shape(d_model, n_layers)`: a file of another width, of other blocks, or transposed is
+        refused. Errors: FileNotFoundError; ValueError for another suffix, a damaged file, or one that is no direction.
+        """
+        found = files.read(path, like)
+        if found.norms is not None:
+            return cls(found.vectors, found.layers, found.site, found.name, found.meta, found.norms)
+        return cls.from_array(found.vectors, found.layers, found.site, found.name, found.meta)
 
 
-def _safetensors(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"a direction is kept as .safetensors; got {target.name!r}: use a path that ends in .safetensors")
-    return target
+def _settled(rows: Float[np.ndarray, "layer d_model"]) -> tuple[Float[np.ndarray, "layer d_model"], Float[np.ndarray, " layer"]]:
+    """Unit vectors and lengths, float32, whose products, rounded to float32, have these very unit vectors and lengths.
 
-
-def _digest(tensors: dict[str, np.ndarray], told: str) -> str:
-    """SHA-256 of everything a saved direction says."""
-    joined = hashlib.sha256(told.encode("utf-8"))
-    for name in ("vectors", "norms"):
-        joined.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
-    return joined.hexdigest()
+    Normalising and multiplying again moves last bits for a round or two and then no more, except that the length of about
+    one row in a hundred goes to and fro between two numbers: such rows are made longer by a millionth.
+    """
+    products = rows.astype(np.float32)
+    for attempt in range(100):
+        norms = np.linalg.norm(products.astype(np.float64), axis=1).astype(np.float32)
+        unit = (products / norms[:, None].astype(np.float64)).astype(np.float32)
+        again = (unit * norms[:, None].astype(np.float64)).astype(np.float32)
+        moved = (again != products).any(axis=1)
+        if not moved.any():
+            break
+        products = again
+        if attempt % 4 == 3:
+            products[moved] *= np.float32(1 + 2.0**-20)
+    return unit, norms
 
 
 # ---- finding and using
 
 
-def mean_difference(a: Activations, b: Activations, name: str = "mean difference") -> Direction:
+def mean_difference(a: Activations, b: Activations, name: str = "mean difference", weights: str | None = None) -> Direction:
     """The direction mean(a) - mean(b) at every layer, unit length (norms keep the lengths). Means over prompts, each
-    counted once.
+    counted once unless weighted.
 
-    Soligo et al. 2025 (arXiv 2506.11618) take a = misaligned and b = aligned answers. Whether it separates prompts it
-    has not seen is `held_out_separation`'s question (`emlens.separation`), not this function's. Errors: ValueError for different places or
-    widths, an empty side, or two equal means.
+    weights: a column of the facts of both sides, non-negative. With activations that are means over the tokens of an
+    answer and their number as weights, both means are over all tokens pooled: what Soligo et al. 2025 (arXiv 2506.11618)
+    take of a = misaligned and b = aligned answers.
+
+    Whether it separates prompts it has not seen is `held_out_separation`'s question (`emlens.separation`), not this
+    function's. Errors: ValueError for different places or widths, an empty side, two equal means, or weights that are
+    negative, not finite or all 0; KeyError for a column that a side lacks.
     """
     check_same_place(a, b)
-    difference = a.values.mean(axis=0, dtype=np.float64) - b.values.mean(axis=0, dtype=np.float64)
-    meta: dict[str, Any] = {"method": "mean(a) - mean(b)", "position": a.position}
-    for side, acts in (("a", a), ("b", b)):
+    difference = _mean(a, weights) - _mean(b, weights)
+    told = {} if weights is None else {"weights": weights}
+    return Direction.from_array(difference, a.layers, a.site, name, {**found_in("mean(a) - mean(b)", a=a, b=b), **told})
+
+
+def _mean(acts: Activations, column: str | None) -> Float[np.ndarray, "layer d_model"]:
+    """Mean over prompts, weighted by a column of the facts."""
+    if column is None:
+        return acts.values.mean(axis=0, dtype=np.float64)
+    weights = np.asarray(facts_column(acts, column), dtype=np.float64)
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"the weights {column!r} are to be finite, non-negative and not all 0; they go from {weights.min()} to {weights.max()}")
+    return np.average(acts.values, axis=0, weights=weights)
+
+
+def found_in(method: str, **sides: Activations) -> dict[str, Any]:
+    """What a direction says of how and in which sets of prompts it was found."""
+    meta: dict[str, Any] = {"method": method, "position": next(iter(sides.values())).position}
+    architectures = {acts.meta.get("architecture") for acts in sides.values()} - {None}
+    if len(architectures) == 1:
+        meta["architecture"] = architectures.pop()
+    for side, acts in sides.items():
         meta[side] = {"n": acts.n_prompts, **{key: acts.meta[key] for key in ("model", "adapter") if key in acts.meta}}
-    return Direction.from_array(difference, a.layers, a.site, name, meta)
+    return meta
 
 
 def random_directions(like: Direction, n: int, seed: int, acts: Activations | None = None) -> list[Direction]:
@@ -225,3 +236,61 @@ def project(acts: Activations, direction: Direction) -> pd.DataFrame:
     columns = [acts.layer(layer).astype(np.float64) @ direction.layer(layer).astype(np.float64) for layer in acts.layers]
     index = pd.Index(acts.facts["id"].to_numpy(), name="id")
     return pd.DataFrame(np.stack(columns, axis=1), index=index, columns=pd.Index(acts.layers, name="layer"))
+
+
+def top_prompts(acts: Activations, direction: Direction, n: int = 10) -> pd.DataFrame:
+    """The n prompts that score highest on the direction, at every layer of `acts`: a frame layer, rank, projection, and
+    the facts of the prompt (id first). Lowest: give the direction turned round.
+
+    A description of these prompts: the direction may have been fitted on them. Errors: as for `project`.
+    """
+    table = project(acts, direction)
+    parts = []
+    for layer in acts.layers:
+        rows = np.argsort(-table[layer].to_numpy(), kind="stable")[:n]
+        place = {"layer": layer, "rank": np.arange(1, len(rows) + 1), "projection": table[layer].to_numpy()[rows]}
+        facts = acts.facts.iloc[rows].reset_index(drop=True)
+        parts.append(pd.concat([pd.DataFrame(place), facts[["id", *(c for c in facts.columns if c not in ("id", *place))]]], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def direction_tokens(
+    direction: Direction,
+    unembedding: Float[np.ndarray, "vocab d_model"],
+    norm: Float[np.ndarray, " d_model"] | None = None,
+    tokens: Sequence[str] | None = None,
+    layer: int | None = None,
+    k: int = 10,
+) -> pd.DataFrame:
+    """What a direction writes, by the logit lens (nostalgebraist 2020): the k tokens whose logits it raises and lowers most.
+
+    score = U (g * v) less its mean over the vocabulary, which no softmax sees: how the final logits change per unit of
+    the *normalised* stream along the unit vector v, with nothing else read of it on the way. z is score over the standard
+    deviation of all tokens' scores: a direction that writes nothing in particular still has tokens at the ends, at
+    |z| of 4 or so for 50,000 tokens.
+
+    unembedding  U, a row per token. norm: g, what the final norm multiplies by (for Gemma 1 + its weight; for a LayerNorm,
+                 which also subtracts the mean over d_model, centre the rows of U * g yourself); None: 1.
+    tokens       their texts; None: numbers only. layer: which of the direction's layers; may be left out where it has one.
+
+    Returns a frame layer, side ("raised" or "lowered"), rank, token_id, token, score, z. Errors: ValueError for other
+    widths or lengths, NaN, or a layer left out of several.
+    """
+    if layer is None and len(direction.layers) > 1:
+        raise ValueError(f"the direction has layers {list(direction.layers)}: say which one, layer=")
+    vector = direction.layer(direction.layers[0] if layer is None else layer).astype(np.float64)
+    shapes = {"unembedding": (np.shape(unembedding)[1:], vector.shape), "norm": (np.shape(norm if norm is not None else vector), vector.shape)}
+    shapes["tokens"] = ((len(tokens) if tokens is not None else len(unembedding),), (len(unembedding),))
+    wrong = [f"{what} {got} where {needed} is needed" for what, (got, needed) in shapes.items() if got != needed]
+    if wrong:
+        raise ValueError(f"the direction has d_model {direction.d_model} and the vocabulary {len(unembedding)} tokens: {'; '.join(wrong)}")
+    score = np.asarray(unembedding, dtype=np.float32) @ (vector if norm is None else vector * norm).astype(np.float32)
+    if not np.isfinite(score).all():
+        raise ValueError("the scores of some tokens are NaN or infinite: give the unembedding and the norm's weights in float32")
+    score = score.astype(np.float64) - score.mean(dtype=np.float64)
+    order = np.argsort(-score, kind="stable")
+    ids = np.concatenate([order[:k], order[::-1][:k]])
+    n = len(order[:k])
+    out = pd.DataFrame({"layer": layer if layer is not None else direction.layers[0], "side": ["raised"] * n + ["lowered"] * n})
+    texts = [""] * len(ids) if tokens is None else [tokens[i] for i in ids]
+    return out.assign(rank=[*range(1, n + 1)] * 2, token_id=ids, token=texts, score=score[ids], z=score[ids] / (score.std() or 1.0))

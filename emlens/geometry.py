@@ -2,10 +2,11 @@
 
 A subspace is the span of the first k principal components of a set of prompts at a layer: rows centred on their own
 mean, float64 (`emlens.subspaces` has the functions on arrays). Overlap is the mean squared cosine of the principal
-angles: explained energy, whose chance is exactly k / d_model. What tuning does to the prompts is asked in `emlens.shifts`.
+angles unless another of `emlens.measures` is named: explained energy, whose chance is exactly k / d_model. What tuning
+does to the prompts is asked in `emlens.shifts`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ from jaxtyping import Float
 
 from . import nulls as null_draws
 from . import stats
+from ._draws import Sides, nulls_asked
 from ._sides import both_places, check_same_layers, layer_rows, split_half_result
 from .activations import Activations
-from .subspaces import angles, cosines, explained_energy, half_sample_interval, half_subspaces, mean_cos2, one_thread, principal_subspace
-
-_CROSS = "mean_cos2 at ceiling n"
+from .measures import measure_named
+from .subspaces import Sample, angles, cosines, explained_energy, half_sample_interval, one_thread, principal_subspace
 
 
 @one_thread
@@ -43,19 +44,37 @@ def principal_angles(a: Activations, b: Activations, k: int = 8) -> pd.DataFrame
 def overlap(
     a: Activations,
     b: Activations,
-    k: int = 8,
+    k: int | tuple[int, int] = 8,
     nulls: Sequence[str | Activations] | str | Activations = ("isotropic",),
     n_draws: int = 200,
     ceiling: bool = False,
     level: float = 0.95,
     seed: int = 0,
     n_splits: int = 20,
+    measure: str = "mean_cos2",
+    variance: float | None = None,
+    reference: Activations | None = None,
 ) -> stats.Result:
-    """Overlap of the k-dimensional principal subspaces of two sets of prompts, per layer: "mean_cos2", from 0 to 1.
+    """Overlap of two sets of prompts, per layer: by default of their k-dimensional principal subspaces, "mean_cos2", from 0
+    (nothing in common) to 1.
 
-    nulls     "isotropic": the subspace of b is a uniformly random one (chance k / d_model). An Activations, shown as
-              "reference": b overlaps a no more than those prompts do (give unrelated text, several times as many rows
-              as b). p is one-sided, greater, corrected over layers within each metric and null (BH).
+    measure   a name of `emlens.measures.MEASURES`: of two subspaces ("mean_cos2", "mean_cos", "largest_cos", and the distances
+              "grassmann", "chordal", "procrustes"); by prompt, the mean over b of what a's subspace holds of it
+              ("explained_energy", "norm_fraction", the paper's); "linear_cka" of the same prompts on both sides (k says nothing).
+    k         of both sets, or (of a, of b). variance: in place of k, at every layer the smallest k with which both sets explain
+              that share of their variance (a, for a measure by prompt); the same k for both.
+    nulls     any of these (`emlens.nulls.DESCRIPTIONS` says hypothesis, generator and tail of each, and so do the attrs). p is
+              one-sided, of the tail on which sets have more in common (of "labels": less), corrected over layers within each
+              metric and null (BH).
+              "isotropic": one subspace is uniformly random (chance k / d_model); almost anything rejects it.
+              "covariance": b is a fresh sample of the normal population of a separate set, reference=. Heavy tails are not
+              normal; the next null assumes nothing.
+              an Activations, shown as "reference": b overlaps a no more than those prompts do (give unrelated text, several times
+              as many rows as b).
+              "labels": a and b are exchangeable, low tail: a test of difference.
+              "questions": b against itself, at equal n (a control: the band of its split halves stands beside
+              "... at ceiling n", without p).
+              "pairs": for linear CKA, which prompt goes with which.
     ceiling   also rows at equal n, m = min(n_a, n_b) // 2 prompts a side, medians over n_splits: "ceiling a" and
               "ceiling b" (a set with its own other half), "ceiling" (their geometric mean: what two samples of one
               population reach at this n), and "mean_cos2 at ceiling n" (a against b at the same m).
@@ -65,37 +84,38 @@ def overlap(
               too narrow for that) nor what infinitely many prompts would give. The same
               ids on both sides are halved alike. NaN when a half spans fewer than k directions.
 
-    Errors: ValueError for different layers or widths, unknown nulls, fewer than k directions.
+    Errors: ValueError for different layers or widths, unknown measures and nulls, nulls that say nothing about the measure, fewer
+    than k directions.
     """
-    check_same_layers(a, b)
-    references = _named_nulls(nulls)
-    u, v = _subspaces(a, k), _subspaces(b, k)
-    observed = np.array([mean_cos2(x, y) for x, y in zip(u, v, strict=True)])
-    ends = _interval(a, b, k, observed, n_splits, level, seed)
-    draws: dict[str, Float[np.ndarray, "draws layer"]] = {}
-    told: dict[str, str] = {}
-    for name, reference in references.items():
-        if reference is None:
-            draws[name] = null_draws.isotropic_overlaps(np.stack(v), n_draws, seed)
-            told[name] = null_draws.describe("isotropic subspace")
-        else:
-            draws[name] = _reference_overlaps(u, b, reference, n_draws, seed)
-            told[name] = f"{null_draws.describe('reference')}; {reference.n_prompts} reference prompts"
-    rows = null_draws.beside(layer_rows(a.layers, "mean_cos2", (observed, *ends), b.n_prompts), draws, "greater", level)
-    if ceiling:
-        rows += _ceiling_rows(a, b, k, n_splits, seed)
+    sides = Sides.of(a, b, k, variance, measure)
+    asked = nulls_asked(nulls, sides, reference)
+    observed = sides.values()
+    own = layer_rows(a.layers, measure, (observed, *_interval(sides, observed, n_splits, level, seed)), b.n_prompts)
+    rows = [] if set(asked) - {"questions"} else own
+    for name, null in asked.items():
+        if name != "questions":
+            rows += null_draws.beside(own, {name: null.draws(sides, n_draws, seed)}, null.tail(sides.measure), level)
+    if ceiling or "questions" in asked:
+        at_ceiling, questions = _at_equal_n(sides, n_splits, level, seed)
+        rows += (at_ceiling if ceiling else []) + (questions if "questions" in asked else [])
+    table = pd.DataFrame(rows)
+    if variance is not None:
+        table["k"] = table["layer"].map(dict(zip(a.layers, (size for size, _ in sides.sizes), strict=True)))
+    chances = [sides.measure.chance(*size, a.d_model) for size in sides.sizes]
     return stats.result(
-        rows,
+        table,
         ["layer"],
-        what=f"overlap of the first {k} principal components ({a.n_prompts} and {b.n_prompts} prompts), {both_places(a, b)}",
+        what=f"{_what(sides, k, variance)} ({a.n_prompts} and {b.n_prompts} prompts), {both_places(a, b)}",
         family=["metric", "null"],
         seed=seed,
-        k=k,
+        measure=measure,
+        k=k if variance is None else [size for size, _ in sides.sizes],
         n_draws=n_draws,
         interval=f"{level:.0%}, {n_splits} complementary half-samples on the arcsine scale, of the overlap expected at this n (a new sample's "
         "varies more); none for ceilings",
-        null=told,
-        chance=k / a.d_model,
+        null={name: null.told(sides.measure) for name, null in asked.items()},
+        chance=chances[0] if variance is None else chances,
+        **({"ceiling": null_draws.describe("ceiling")} if ceiling else {}),
     )
 
 
@@ -108,33 +128,35 @@ def split_half_overlap(
     n: int | None = None,
     n_draws: int = 200,
     level: float = 0.95,
+    measure: str = "mean_cos2",
 ) -> stats.Result:
-    """Overlap of a set of prompts with itself: two disjoint random halves, metric "mean_cos2", the median over n_splits
-    per layer.
+    """Overlap of a set of prompts with itself: two disjoint random halves, metric "mean_cos2" (or another `measure` of two
+    subspaces), the median over n_splits per layer.
 
     The questions-against-questions control, and the ceiling of any overlap with this set. Halves hold n_prompts // 2
     prompts, fewer than an estimate made with all of them, so the ceiling is low by that much: give `n` (prompts a half)
     and the estimate as many, so that both are equal (column n is the size of a half). low and high are the central 95 %
-    of the splits: a spread, not a confidence interval. null "isotropic", tail greater, as in `overlap`.
+    of the splits: a spread, not a confidence interval. null "isotropic", tail as in `overlap`.
     """
+    how = measure_named(measure)
+    draws = null_draws.isotropic_overlaps(_subspaces(a, k), n_draws, seed, measure)
     splits = null_draws.halves(a.n_prompts, n_splits, seed, n)
-    found = [half_subspaces(a.layer(layer), k, splits) for layer in a.layers]
-    values = np.array([[mean_cos2(one, other) for one, other in layer] for layer in found]).T
-    draws = null_draws.isotropic_overlaps(np.stack(_subspaces(a, k)), n_draws, seed)
+    samples = (Sample(a.layer(layer), k) for layer in a.layers)
+    values = np.array([[how.of(sample.part(one), sample.part(other)) for one, other in splits] for sample in samples]).T
     half = len(splits[0][0])
     return split_half_result(
         a,
-        "mean_cos2",
+        measure,
         values,
         half,
         draws,
-        "greater",
+        how.closer,
         level,
         what=f"overlap of random halves of one set ({half} prompts a half), first {k} principal components, {a.place}",
         seed=seed,
         k=k,
-        null={"isotropic": null_draws.describe("isotropic subspace")},
-        chance=k / a.d_model,
+        null={"isotropic": null_draws.describe("isotropic subspace", how.closer)},
+        chance=how.chance(k, k, a.d_model),
     )
 
 
@@ -159,20 +181,6 @@ def overlap_by_prompt(train: Activations, acts: Activations, k: int = 8) -> pd.D
 # ---- inside
 
 
-def _named_nulls(nulls: Sequence[str | Activations] | str | Activations) -> dict[str, Activations | None]:
-    """Null names in order, with their reference set where they have one."""
-    named: dict[str, Activations | None] = {}
-    for null in [nulls] if isinstance(nulls, (str, Activations)) else nulls:
-        if isinstance(null, Activations):
-            number = sum(name.startswith("reference") for name in named) + 1
-            named["reference" if number == 1 else f"reference {number}"] = null
-        elif null == "isotropic":
-            named[null] = None
-        else:
-            raise ValueError(f"unknown null {null!r}; choose 'isotropic' or give Activations of reference prompts")
-    return named
-
-
 def _subspaces(acts: Activations, k: int) -> list[Float[np.ndarray, "d_model k"]]:
     """The principal subspace at every layer; an error names the layer."""
     found = []
@@ -184,64 +192,41 @@ def _subspaces(acts: Activations, k: int) -> list[Float[np.ndarray, "d_model k"]
     return found
 
 
-def _half_bases(
-    a: Activations, b: Activations, k: int, n_splits: int, seed: int, n: int | None = None
-) -> Iterator[tuple[Float[np.ndarray, "split two d_model k"], Float[np.ndarray, "split two d_model k"]]]:
-    """Per layer, the subspaces of both halves of every split, on both sides; the same prompts are split alike."""
-    rng = np.random.default_rng(seed)
-    splits_a = null_draws.halves(a.n_prompts, n_splits, rng, n)
-    if a.n_prompts == b.n_prompts and set(a.facts["id"]) == set(b.facts["id"]):
-        b, splits_b = b.select(ids=a.facts["id"]), splits_a
-    else:
-        splits_b = null_draws.halves(b.n_prompts, n_splits, rng, n)
-    for layer in a.layers:
-        yield half_subspaces(a.layer(layer), k, splits_a), half_subspaces(b.layer(layer), k, splits_b)
-
-
 def _interval(
-    a: Activations,
-    b: Activations,
-    k: int,
-    observed: Float[np.ndarray, " layer"],
-    n_splits: int,
-    level: float,
-    seed: int,
+    sides: Sides, observed: Float[np.ndarray, " layer"], n_splits: int, level: float, seed: int
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Half-sample interval of an overlap at every layer; NaN when a half spans fewer than k directions."""
-    ends = np.full((2, len(observed)), np.nan)
-    if min(a.n_prompts, b.n_prompts) // 2 > k and n_splits > 1:
-        for i, (u, v) in enumerate(_half_bases(a, b, k, n_splits, seed)):
-            halves = [[mean_cos2(u[s, h], v[s, h]) for h in (0, 1)] for s in range(n_splits)]
-            ends[:, i] = half_sample_interval(observed[i], np.array(halves), level)
+    ends, how, spans = np.full((2, len(observed)), np.nan), sides.measure, sides.halves_span()
+    if n_splits > 1 and any(spans):
+        for i, (a, b) in enumerate(sides.halves(n_splits, seed)):
+            if spans[i]:
+                m = min(sides.sizes[i])
+                halves = np.array([[how.of(x, y) for x, y in zip(*split, strict=True)] for split in zip(a, b, strict=True)])
+                ends[:, i] = how.unshare(half_sample_interval(float(how.share(observed[i], m)), how.share(halves, m), level), m)
     return ends[0], ends[1]
 
 
-def _ceiling_rows(a: Activations, b: Activations, k: int, n_splits: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of both ceilings, their geometric mean, and a against b, at one number of prompts a side."""
-    size = min(a.n_prompts, b.n_prompts) // 2
-    rows = []
-    for layer, (u, v) in zip(a.layers, _half_bases(a, b, k, n_splits, seed, size), strict=True):
-        own_a, own_b = (np.median([mean_cos2(one, other) for one, other in side]) for side in (u, v))
-        cross = np.median([(mean_cos2(x[0], y[1]) + mean_cos2(x[1], y[0])) / 2 for x, y in zip(u, v, strict=True)])
-        found = {"ceiling": np.sqrt(own_a * own_b), "ceiling a": own_a, "ceiling b": own_b, _CROSS: cross}
+def _at_equal_n(sides: Sides, n_splits: int, level: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows at one number of prompts a side: both ceilings, their geometric mean and a against b; and a against b beside the
+    questions-against-questions control."""
+    if sides.measure.kind == "pairs":
+        raise ValueError(f"two halves of a set hold different prompts, and {sides.measure.name} pairs prompts: it has no ceiling and no such control")
+    size, of, cross = min(sides.a.n_prompts, sides.b.n_prompts) // 2, sides.measure.of, f"{sides.measure.name} at ceiling n"
+    rows, questions = [], []
+    for layer, (a, b) in zip(sides.a.layers, sides.halves(n_splits, seed, size), strict=True):
+        own_a, own_b = (np.array([of(one, other) for one, other in side]) for side in (a, b))
+        across = np.median([(of(x[0], y[1]) + of(x[1], y[0])) / 2 for x, y in zip(a, b, strict=True)])
+        ceilings = {"ceiling a": np.median(own_a), "ceiling b": np.median(own_b)}
+        found = {"ceiling": np.sqrt(np.prod(list(ceilings.values()))), **ceilings, cross: across}
         rows += [{"layer": layer, "metric": name, "estimate": value, "n": size} for name, value in found.items()]
-    return rows
+        low, high = stats.null_band(own_b, level)
+        questions.append({"layer": layer, "metric": cross, "estimate": across, "null": "questions", "null_low": low, "null_high": high, "n": size})
+    return rows, questions
 
 
-def _reference_overlaps(
-    bases: list[Float[np.ndarray, "d_model k"]], b: Activations, reference: Activations, n_draws: int, seed: int
-) -> Float[np.ndarray, "draws layer"]:
-    """Overlap of a's subspaces with those of n_b prompts drawn from the reference and b together."""
-    check_same_layers(b, reference)
-    shared = {prompt: row for row, prompt in enumerate(b.facts["id"])}
-    fresh = [
-        row
-        for row, prompt in enumerate(reference.facts["id"])
-        if prompt not in shared or not np.array_equal(reference.values[row], b.values[shared[prompt]])
-    ]
-    if not fresh:
-        raise ValueError("the reference holds no prompt that is not in b: give unrelated prompts, best several times as many as b")
-    rows = list(null_draws.subsamples(b.n_prompts + len(fresh), b.n_prompts, n_draws, seed))
-    pools = (np.concatenate([b.layer(layer), reference.layer(layer)[fresh]]) for layer in b.layers)
-    found = [null_draws.reference_overlaps(u, pool, rows) for u, pool in zip(bases, pools, strict=True)]
-    return np.stack(found, axis=1)
+def _what(sides: Sides, k: int | tuple[int, int], variance: float | None) -> str:
+    """What an overlap is of, for the attrs."""
+    if sides.measure.kind == "pairs":
+        return sides.measure.name
+    many = f"the first {k} principal components" if variance is None else f"the principal components that explain {variance:.0%} of the variance"
+    return f"overlap of {many}" if sides.measure.name == "mean_cos2" else f"{sides.measure.name} of {many}"

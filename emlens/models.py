@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import attribution, loading, patching, showing, store
+from . import attribution, lens, loading, patching, showing, store
 from ._engines import Edit, HooksEngine, adding, clamping, decoder_of, open_bridge, open_nnsight, open_remote, removing
 from ._passing import Where, Whereabouts, beside
 from ._recording import Recording
@@ -323,6 +323,11 @@ class HookedModel(Recording, Scoring):
         negative, and those of the position are outlined; the scale is stated. ``most``: prompts shown.
         """
         return showing.token_view(self, prompts, position, direction, layer, adapter, most)
+
+    def direction_tokens(self, direction: Direction, layer: int | None = None, k: int = 10) -> pd.DataFrame:
+        """The tokens whose logits a direction at ``resid_post`` raises and lowers most, read through the final norm and the output embeddings
+        as if nothing stood between (logit lens): :func:`emlens.directions.direction_tokens` says what the columns are."""
+        return lens.written_tokens(self, direction, layer, k)
 
     def _modules_changed(self) -> None:
         self._bare = self._bridge = self._nnsight = None

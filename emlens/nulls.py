@@ -13,13 +13,44 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 
 from . import stats
-from .subspaces import mean_cos2, principal_subspace
+from .measures import measure_named
+from .resampling import chunks
+from .subspaces import Sample, unit_rows
 
 DESCRIPTIONS: dict[str, dict[str, str]] = {
     "isotropic subspace": {
         "hypothesis": "one of the two subspaces is uniformly random; almost any shared structure rejects it",
         "generator": "QR of d_model x k standard normal numbers for one side, the other side as it is",
         "tail": "greater",
+    },
+    "covariance": {
+        "hypothesis": "the second set is a fresh sample of the reference population, taken as normal",
+        "generator": "as many rows as the second set has from N(0, S), S the shrunk covariance of a separate reference set (of more than 1000 "
+        "prompts, and four times the second set's, a random part of that size), then the same "
+        "centring and PCA; shifted (on the arcsine scale) by how the reference set's own overlap lies to that of as many rows drawn from S "
+        "as it has: what S gets wrong falls out",
+        "tail": "greater",
+    },
+    "labels": {
+        "hypothesis": "the two sets are exchangeable: which set a prompt is of does not matter (a test of difference)",
+        "generator": "the rows of both sets dealt out anew, as many to each as before; where both hold the same prompts, each prompt's two "
+        "rows change sides or not; same centring and PCA",
+        "tail": "less",
+    },
+    "pairs": {
+        "hypothesis": "over prompts, the two sides are unrelated: which prompt of one goes with which of the other does not matter",
+        "generator": "the prompts of one side permuted against the other's",
+        "tail": "greater",
+    },
+    "questions": {
+        "hypothesis": "none, a control: what the second set (the questions) has in common with other questions, at the same number of prompts",
+        "generator": "the second set's two disjoint random halves against each other",
+        "tail": "none: the band of the splits is shown, without p",
+    },
+    "ceiling": {
+        "hypothesis": "none, a control: what two samples of one population have in common at this number of prompts",
+        "generator": "two disjoint random halves of one set against each other, the median over splits; of both sets, the geometric mean",
+        "tail": "none",
     },
     "isotropic direction": {
         "hypothesis": "the mean shift compared with points in a uniformly random direction, at its own length",
@@ -36,6 +67,21 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "generator": "one measure permuted over prompts against the other",
         "tail": "two-sided",
     },
+    "residuals permuted": {
+        "hypothesis": "over prompts, the two measures are unrelated once the covariates are taken out of both",
+        "generator": "what the covariates leave of one measure permuted over prompts, the covariates taken out anew (Freedman and Lane)",
+        "tail": "two-sided",
+    },
+    "equal correlations": {
+        "hypothesis": "the overlap and the baseline correlate equally with the similarity, over independent normal prompts",
+        "generator": "none: Williams' t with n - 3 degrees of freedom (Steiger 1980)",
+        "tail": "two-sided",
+    },
+    "mean correlation 0": {
+        "hypothesis": "the mean over settings of Fisher's z is 0; settings may differ and are independent of one another",
+        "generator": "none: z of the random-effects mean (DerSimonian and Laird 1986)",
+        "tail": "two-sided",
+    },
     "labels permuted": {
         "hypothesis": "it does not matter which variant a prompt's activation came from",
         "generator": "labels swapped within prompts (over prompts where the sides share none), everything refitted",
@@ -44,10 +90,11 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-def describe(name: str) -> str:
-    """The hypothesis, generator and tail of a null as one sentence, for `.attrs["null"]`."""
+def describe(name: str, tail: str | None = None) -> str:
+    """The hypothesis, generator and tail of a null as one sentence, for `.attrs["null"]`; tail: where it is another one (of a
+    distance, say)."""
     told = DESCRIPTIONS[name]
-    return f"hypothesis: {told['hypothesis']}; drawn: {told['generator']}; tail: {told['tail']}"
+    return f"hypothesis: {told['hypothesis']}; drawn: {told['generator']}; tail: {tail or told['tail']}"
 
 
 def beside(
@@ -99,24 +146,56 @@ def random_vectors(d_model: int, n_draws: int, seed: int | np.random.Generator, 
 
 
 def isotropic_overlaps(
-    bases: Float[np.ndarray, "layer d_model k"], n_draws: int, seed: int | np.random.Generator
+    bases: Sequence[Float[np.ndarray, "d_model _"]] | Float[np.ndarray, "layer d_model k"],
+    n_draws: int,
+    seed: int | np.random.Generator,
+    measure: str = "mean_cos2",
+    dimensions: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "draws layer"]:
-    """Mean cos^2 between each layer's subspace and random ones: null "isotropic subspace", one random subspace per draw
-    for all layers.
+    """Overlap (mean cos^2, or another `measure` of two subspaces) between each layer's subspace and random ones: null "isotropic
+    subspace", one random subspace per draw for all layers.
 
-    Only one side need be random: for a Haar random V the overlap has the same distribution whatever U is.
+    Only one side need be random: for a Haar random V the overlap has the same distribution whatever U is. dimensions: of the
+    random subspace at each layer, when they are not those of the layer's own.
     """
-    n_layers, d_model, k = bases.shape
-    joined = rearrange(bases, "layer d_model k -> d_model (layer k)")
-    rng = np.random.default_rng(seed)
+    of_inner = measure_named(measure).of_inner
+    if of_inner is None:
+        raise ValueError(f"{measure} does not compare two subspaces: it has no draws of this kind")
+    d_model, ends = len(bases[0]), np.cumsum([0, *(basis.shape[1] for basis in bases)])
+    sizes = np.diff(ends) if dimensions is None else np.asarray(dimensions)
+    joined = np.concatenate(list(bases), axis=1)
     draws = []
-    step = max(1, 4_000_000 // (d_model * k))
-    for start in range(0, n_draws, step):
-        subspaces = random_subspaces(d_model, k, min(step, n_draws - start), rng)
-        products = rearrange(subspaces, "draws d_model j -> (draws j) d_model") @ joined
-        squares = rearrange(products**2, "(draws j) (layer k) -> draws layer (j k)", j=k, layer=n_layers)
-        draws.append(squares.sum(axis=-1) / k)
+    for subspaces in _random_subspaces_in_parts(d_model, int(sizes.max()), n_draws, seed):
+        rows = rearrange(subspaces, "draws d_model j -> (draws j) d_model") @ joined
+        inner = rearrange(rows, "(draws j) columns -> draws j columns", draws=len(subspaces))
+        parts = zip(sizes, ends[:-1], ends[1:], strict=True)
+        draws.append(np.stack([of_inner(inner[:, :size, start:end]) for size, start, end in parts], axis=1))
     return np.concatenate(draws)
+
+
+def isotropic_fractions(
+    samples: Sequence[Sample], others: Sequence[Float[np.ndarray, "prompt d_model"]], n_draws: int, seed: int | np.random.Generator, root: bool
+) -> Float[np.ndarray, "draws layer"]:
+    """Mean over the prompts `others` of their energy in a random subspace (of its root, the norm fraction, with `root`), centred
+    as each layer's sample is and of as many dimensions: null "isotropic subspace" for measures by prompt, one random subspace per
+    draw for all layers."""
+    units = [unit_rows(rows - sample.centre) for sample, rows in zip(samples, others, strict=True)]
+    draws = []
+    for subspaces in _random_subspaces_in_parts(units[0].shape[1], max(sample.k for sample in samples), n_draws, seed):
+        columns = rearrange(subspaces, "draws d_model j -> d_model (draws j)")
+        found = []
+        for sample, rows in zip(samples, units, strict=True):
+            inside = rearrange((rows @ columns) ** 2, "prompt (draws j) -> draws prompt j", draws=len(subspaces))[..., : sample.k].sum(axis=-1)
+            found.append((np.sqrt(inside) if root else inside).mean(axis=-1))
+        draws.append(np.stack(found, axis=1))
+    return np.concatenate(draws)
+
+
+def _random_subspaces_in_parts(d_model: int, k: int, n_draws: int, seed: int | np.random.Generator) -> Iterator[Float[np.ndarray, "draws d_model k"]]:
+    """`random_subspaces`, some draws at a time: the same ones, in little memory."""
+    rng = np.random.default_rng(seed)
+    for count in chunks(n_draws, d_model * k):
+        yield random_subspaces(d_model, k, count, rng)
 
 
 def isotropic_similarities(
@@ -133,8 +212,12 @@ def isotropic_similarities(
 
 
 def subsamples(n_rows: int, size: int, n_draws: int, seed: int | np.random.Generator) -> Iterator[Int[np.ndarray, " prompt"]]:
-    """`n_draws` times `size` of `n_rows` rows without replacement (repeated rows would bias a PCA towards themselves):
-    null "reference"."""
+    """`n_draws` times `size` of `n_rows` rows without replacement (repeated rows would bias a PCA towards themselves).
+
+    Null "reference": of the second set and the reference *together*, as many as the second set has. With the second set among
+    the rows the test is exact at any size of the reference; with a reference several times larger the band shows what
+    reference prompts alone overlap.
+    """
     if not 1 <= size <= n_rows:
         raise ValueError(f"cannot draw {size} of {n_rows} rows without replacement")
     rng = np.random.default_rng(seed)
@@ -142,21 +225,21 @@ def subsamples(n_rows: int, size: int, n_draws: int, seed: int | np.random.Gener
         yield rng.permutation(n_rows)[:size]
 
 
-def reference_overlaps(
-    basis: Float[np.ndarray, "d_model k"],
-    pool: Float[np.ndarray, "prompt d_model"],
-    rows: Sequence[Int[np.ndarray, " subsample"]],
-) -> Float[np.ndarray, " draws"]:
-    """Overlap of a subspace with the principal subspaces of row subsamples of a pool: null "reference".
-
-    Hypothesis   the second set and the reference prompts are exchangeable in what they share with the first set.
-    Generator    `subsamples` of the second set and the reference *together*, of the second set's size; same centring
-                 and PCA. With the second set among the rows the test is exact at any size of the reference; with a
-                 reference several times larger the band shows what reference prompts alone overlap.
-    Tail         greater.
-    """
-    values, k = np.asarray(pool, dtype=np.float64), basis.shape[1]
-    return np.array([mean_cos2(basis, principal_subspace(values[chosen], k)) for chosen in rows])
+def dealt_out(
+    n_a: int, n_b: int, n_draws: int, seed: int | np.random.Generator, paired: bool = False
+) -> Iterator[tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]]:
+    """The rows of two sets (a's first) dealt out anew, n_a and n_b of them: null "labels". paired: row i of both is one prompt,
+    whose two rows change sides or not."""
+    if paired and n_a != n_b:
+        raise ValueError(f"{n_a} and {n_b} rows cannot be pairs: give as many on both sides")
+    rng = np.random.default_rng(seed)
+    for _ in range(n_draws):
+        if paired:
+            first = np.arange(n_a) + n_a * rng.integers(2, size=n_a)
+            yield first, (first + n_a) % (2 * n_a)
+        else:
+            order = rng.permutation(n_a + n_b)
+            yield order[:n_a], order[n_a:]
 
 
 def halves(

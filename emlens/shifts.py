@@ -4,7 +4,8 @@ Similarity is the mean cosine of each prompt's shift with the mean shift of the 
 stand beside it as in `emlens.geometry`, which asks the same of the prompts' subspaces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -14,16 +15,76 @@ from . import nulls as null_draws
 from . import stats
 from ._sides import both_places, check_same_layers, facts_column, layer_rows, split_half_result
 from .activations import Activations
+from .by_prompt import correlation_rows
 from .geometry import overlap_by_prompt
-from .subspaces import cosines, row_cosines, unit_rows
+from .subspaces import cosines, one_thread, row_cosines, unit_rows
 
 
 def shift_norms(shift: Activations, before: Activations) -> pd.DataFrame:
     """Length of shifts per layer: norm (median over prompts, L2) and relative (to the median length of `before`); a
-    description, no null."""
+    description, no null.
+
+    Where the weights had 16 bits, also noise: the length that rounding alone gives a shift (rms over prompts), its floor.
+    For the floor that another seed of the same tuning sets, see `shift_agreement`.
+    """
     check_same_layers(shift, before)
     norm, residual = (np.median(np.linalg.norm(x.values.astype(np.float64), axis=2), axis=0) for x in (shift, before))
-    return pd.DataFrame({"layer": shift.layers, "norm": norm, "relative": norm / residual})
+    table = pd.DataFrame({"layer": shift.layers, "norm": norm, "relative": norm / residual})
+    floor = shift.meta.get("noise_floor")
+    return table if not floor else table.assign(noise=[floor[layer] * np.sqrt(shift.d_model) for layer in shift.layers])
+
+
+@one_thread
+def mean_share(
+    train_shift: Activations, shift: Activations | None = None, clusters: str | None = None, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Share of shifts' energy that the mean training shift alone explains, per layer: 1 - sum ||d - nu||^2 / sum ||d||^2, the k = 0
+    baseline that every reconstruction from components must beat.
+
+    shift   shifts of other prompts; below 0 where no shift at all would be a better guess. None: of the training prompts
+            themselves, their spread with divisor n - 1: of pure noise the mean of n explains 1/n, and this says 0.
+
+    Returns a frame layer, metric "explained by the mean", estimate, low, high (bootstrap over prompts, or over the groups of the
+    column `clusters`, given the mean), n; a description without a null. Errors: ValueError for different
+    layers or widths, or one training prompt; KeyError for an unknown column.
+    """
+    of = train_shift if shift is None else shift
+    check_same_layers(train_shift, of)
+    if train_shift.n_prompts < 2:
+        raise ValueError("a mean over one training prompt says nothing of others: give two at least")
+    n, residuals, lengths = train_shift.n_prompts, [], []
+    for layer in of.layers:
+        d, mean = of.layer(layer).astype(np.float64), train_shift.layer(layer).mean(axis=0, dtype=np.float64)
+        residuals.append(((d - mean) ** 2).sum(axis=1) * (n / (n - 1) if shift is None else 1))
+        lengths.append((d**2).sum(axis=1))
+    data = np.stack([*residuals, *lengths], axis=1)
+
+    def share(rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, " layer"]:
+        left, whole = np.split(rows.sum(axis=0), 2)
+        return 1 - np.divide(left, whole, out=np.ones(len(whole)), where=whole > 0)
+
+    low, high = stats.bootstrap_interval(data, share, facts_column(of, clusters), level, seed=seed)
+    return pd.DataFrame(layer_rows(of.layers, "explained by the mean", (share(data), low, high), of.n_prompts))
+
+
+def shift_cosines(shifts: Mapping[str, Activations]) -> pd.DataFrame:
+    """How alike several tunings shift the same prompts: for every two of them, per layer, cosine_of_means (of their mean shifts)
+    and mean_cosine (of their shifts of one prompt, the mean over prompts).
+
+    Returns a frame layer, one, other, cosine_of_means, mean_cosine, n (prompts, matched by id), each two names once; a description
+    without a null (`shift_agreement` gives an interval, two seeds of one tuning the ceiling, `similarity` a null). Errors: ValueError
+    for fewer than two, different layers, widths or prompts.
+    """
+    if len(shifts) < 2:
+        raise ValueError(f"two named shifts at least are needed to compare; got {list(shifts)}")
+    first = next(iter(shifts.values()))
+    known = {name: _in_order(first, shift) for name, shift in shifts.items()}
+    means = {name: shift.values.mean(axis=0, dtype=np.float64) for name, shift in known.items()}
+    parts = []
+    for one, other in combinations(known, 2):
+        alike = {"cosine_of_means": row_cosines(means[one], means[other]), "mean_cosine": _cosines(known[one], known[other]).mean(axis=0)}
+        parts.append(pd.DataFrame({"layer": first.layers, "one": one, "other": other, **alike, "n": first.n_prompts}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def shift_agreement(
@@ -44,16 +105,7 @@ def shift_agreement(
     if not pairs:
         raise ValueError("no pair of shifts was given; at least one is needed")
     first = pairs[0][0]
-    cosine = []
-    for pair in pairs:
-        for shift in pair:
-            check_same_layers(first, shift)
-            strange = set(first.ids) ^ set(shift.ids)
-            if strange:
-                raise ValueError(f"{len(strange)} prompts are on one side only, e.g. {min(strange)!r}: give shifts of the same prompts")
-        x, y = (shift.select(ids=first.ids) for shift in pair)
-        cosine.append(np.stack([row_cosines(x.layer(layer), y.layer(layer)) for layer in first.layers], axis=1))
-    values = np.mean(cosine, axis=0)
+    values = np.mean([_cosines(*(_in_order(first, shift) for shift in pair)) for pair in pairs], axis=0)
     low, high = stats.bootstrap_interval(values, clusters=facts_column(first, clusters), level=level, n_boot=n_boot, seed=seed)
     table = pd.DataFrame(layer_rows(first.layers, "mean cosine", (values.mean(axis=0), low, high), first.n_prompts))
     n_clusters = first.n_prompts if clusters is None else first.facts[clusters].nunique()
@@ -223,18 +275,10 @@ def overlap_similarity(
             "are in both: record the same prompts"
         )
     groups, strata = facts_column(acts, clusters), facts_column(acts, within)
-    pairs = {
-        "pearson": (measure, "pearson"),
-        "spearman": (measure, "spearman"),
-        "pearson baseline": ("cosine_to_mean", "pearson"),
-    }
     rows = []
     for layer, part in table.groupby("layer", sort=False):
-        for metric, (column, method) in pairs.items():
-            x, y = part[column].to_numpy(), part["cosine"].to_numpy()
-            found = stats.correlation(x, y, groups, n_permutations, seed, method, strata, level)
-            row = {"layer": layer, "metric": metric, "estimate": found.pop("r"), "null": "prompts permuted"}
-            rows.append({**row, **found})
+        found = correlation_rows(part, measure, "cosine", "cosine_to_mean", groups, strata, n_permutations, seed, level)
+        rows += [{"layer": layer, **row} for row in found]
     inside = f", inside {within}" if within else ""
     return stats.result(
         rows,
@@ -250,6 +294,20 @@ def overlap_similarity(
 
 
 # ---- inside
+
+
+def _in_order(first: Activations, shift: Activations) -> Activations:
+    """A shift with its prompts in the order of the first one's; ValueError unless they are the same prompts at the same layers."""
+    check_same_layers(first, shift)
+    strange = set(first.ids) ^ set(shift.ids)
+    if strange:
+        raise ValueError(f"{len(strange)} prompts are on one side only, e.g. {min(strange)!r}: give shifts of the same prompts")
+    return shift.select(ids=first.ids)
+
+
+def _cosines(x: Activations, y: Activations) -> Float[np.ndarray, "prompt layer"]:
+    """Cosine of every prompt's shift in x with its shift in y."""
+    return np.stack([row_cosines(x.layer(layer), y.layer(layer)) for layer in x.layers], axis=1)
 
 
 def _isotropic_cosines(shift: Activations, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:

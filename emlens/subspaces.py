@@ -1,7 +1,7 @@
 """Subspaces and directions as plain arrays: the linear algebra under `geometry`, one equation a function, float64."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable
+from functools import cached_property, wraps
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from scipy import stats as scipy_stats
 from threadpoolctl import threadpool_limits
 
-_DENSE = 1000  # Gram matrices up to this size are decomposed whole, larger ones by Lanczos
+_DENSE = 256  # symmetric matrices up to this size are decomposed whole, larger ones by Lanczos
+_POOL = 2000  # sets of up to this many rows keep the Gram matrix of all of them for their parts
 _ROUNDING = 1e-6  # components that spread less than this share of the rows' length are float32 rounding
 
 
@@ -34,11 +35,26 @@ def one_thread(function: Callable[P, R]) -> Callable[P, R]:
     return limited
 
 
-def principal_subspace(x: Float[np.ndarray, "prompt d_model"], k: int) -> Float[np.ndarray, "d_model k"]:
-    """Orthonormal basis of the first k principal components of the rows, centred on their mean.
+def leading_eigenvectors(matrix: Float[np.ndarray, "n n"], k: int) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
+    """The k largest eigenvalues of a symmetric matrix, descending, and their unit vectors."""
+    size = len(matrix)
+    if size <= _DENSE or k >= size // 16 or not matrix.any():
+        values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[size - k, size - 1], check_finite=False)
+    else:
+        start = np.random.default_rng(0).standard_normal(size)  # fixed: the same rows give the same basis
+        values, vectors = scipy.sparse.linalg.eigsh(matrix, k=k, which="LA", v0=start)
+    return values[::-1], vectors[:, ::-1]
+
+
+def principal_components(
+    x: Float[np.ndarray, "prompt d_model"], k: int, gram: Float[np.ndarray, "prompt prompt"] | None = None
+) -> tuple[Float[np.ndarray, "d_model k"], Float[np.ndarray, " k"]]:
+    """Orthonormal basis of the first k principal components of the rows, centred on their mean, and their variances
+    (divisor n - 1), descending.
 
     By the eigenvectors of the smaller Gram matrix in float64; its squared condition number costs less than the float32
-    of the rows already did. Errors: ValueError when the rows span fewer than k directions (beyond float32 rounding).
+    of the rows already did. gram: x @ x.T, where it is known and there are fewer rows than dimensions. Errors: ValueError
+    when the rows span fewer than k directions (beyond float32 rounding).
     """
     n, d_model = x.shape
     if not 1 <= k <= min(n - 1, d_model):
@@ -47,15 +63,16 @@ def principal_subspace(x: Float[np.ndarray, "prompt d_model"], k: int) -> Float[
             "choose a smaller k or more prompts"
         )
     rows = np.asarray(x, dtype=np.float64)
-    total = np.sqrt((rows**2).sum())
+    total = np.linalg.norm(rows)
     rows = rows - rows.mean(axis=0)
-    gram = rows @ rows.T if n <= d_model else rows.T @ rows
-    size = len(gram)
-    if size <= _DENSE or k >= size // 4:
-        values, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - k, size - 1], check_finite=False)
+    if n > d_model:
+        gram = rows.T @ rows
+    elif gram is None:
+        gram = rows @ rows.T
     else:
-        start = np.random.default_rng(0).standard_normal(size)  # fixed: the same rows give the same basis
-        values, vectors = scipy.sparse.linalg.eigsh(gram, k=k, which="LA", v0=start)
+        means = gram.mean(axis=0)
+        gram = gram - means - means[:, None] + means.mean()
+    values, vectors = leading_eigenvectors(gram, k)
     strong = np.sqrt(np.clip(values, 0, None)) > _ROUNDING * total
     if not strong.all():
         raise ValueError(
@@ -63,7 +80,66 @@ def principal_subspace(x: Float[np.ndarray, "prompt d_model"], k: int) -> Float[
             "(are their activations equal here?): choose a smaller k or another place"
         )
     basis = rows.T @ vectors if n <= d_model else vectors
-    return np.linalg.qr(basis[:, ::-1])[0]
+    return np.linalg.qr(basis)[0], values / (n - 1)
+
+
+def principal_subspace(x: Float[np.ndarray, "prompt d_model"], k: int) -> Float[np.ndarray, "d_model k"]:
+    """Orthonormal basis of the first k principal components of the rows (see `principal_components`)."""
+    return principal_components(x, k)[0]
+
+
+def n_components(x: Float[np.ndarray, "prompt d_model"], variance: float) -> int:
+    """The smallest number of principal components of the rows that explain a share of their variance, from 0 to 1.
+
+    Errors: ValueError for a share outside (0, 1), or rows that are all the same.
+    """
+    if not 0 < variance < 1:
+        raise ValueError(f"a share of the variance lies between 0 and 1, both excluded; got variance={variance}")
+    rows = np.asarray(x, dtype=np.float64)
+    total = np.linalg.norm(rows)
+    rows = rows - rows.mean(axis=0)
+    spectrum = np.clip(scipy.linalg.eigvalsh(rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows)[::-1], 0, None)
+    if np.sqrt(spectrum.sum()) <= _ROUNDING * total:
+        raise ValueError(f"the {len(rows)} prompts are equal here, beyond float32 rounding: there is no variance to explain; choose another place")
+    return int(np.searchsorted(np.cumsum(spectrum) / spectrum.sum(), variance - 1e-12)) + 1
+
+
+class Sample:
+    """Rows of one layer (prompts) with what an overlap needs of them: their `centre` and the `basis` of their first `k`
+    principal components, both found when asked for, in float64."""
+
+    def __init__(self, x: np.ndarray, k: int, gram: np.ndarray | None = None):
+        self.x: Float[np.ndarray, "prompt d_model"] = np.asarray(x, dtype=np.float64)
+        self.k = k
+        self._gram = gram
+
+    @cached_property
+    def centre(self) -> Float[np.ndarray, " d_model"]:
+        return self.x.mean(axis=0)
+
+    @cached_property
+    def basis(self) -> Float[np.ndarray, "d_model k"]:
+        return principal_components(self.x, self.k, self._gram)[0]
+
+    @cached_property
+    def _products(self) -> Float[np.ndarray, "prompt prompt"]:
+        return self.x @ self.x.T
+
+    def part(self, rows: Int[np.ndarray, " part"], k: int | None = None) -> "Sample":
+        """Some of the rows, as a sample of their own. What all parts need is computed once (the Gram matrix): a part then
+        costs one decomposition of its own size, whatever d_model is."""
+        shared = len(rows) <= self.x.shape[1] and len(self.x) <= _POOL
+        return Sample(self.x[rows], self.k if k is None else k, self._products[np.ix_(rows, rows)] if shared else None)
+
+
+def common_coordinates(*sets: Float[np.ndarray, "_ d_model"]) -> list[Float[np.ndarray, "_ coordinate"]]:
+    """The rows of several sets in an orthonormal basis of what all of them span: the same lengths, angles and overlaps in
+    fewer numbers. Sets of as many rows as dimensions, or more, are given back as they are (in float64)."""
+    rows = [np.asarray(each, dtype=np.float64) for each in sets]
+    if sum(map(len, rows)) >= rows[0].shape[1]:
+        return rows
+    axes = np.linalg.qr(np.concatenate(rows).T)[0]
+    return [each @ axes for each in rows]
 
 
 def angles(u: Float[np.ndarray, "d_model k"], v: Float[np.ndarray, "d_model m"]) -> Float[np.ndarray, " angle"]:
@@ -117,14 +193,6 @@ def unit_rows(x: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "prom
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
-def half_subspaces(
-    x: Float[np.ndarray, "prompt d_model"], k: int, splits: Sequence[tuple[Int[np.ndarray, " half"], ...]]
-) -> Float[np.ndarray, "split two d_model k"]:
-    """Principal subspaces of both halves of every split of the rows (splits as `emlens.nulls.halves` gives them)."""
-    rows = np.asarray(x, dtype=np.float64)
-    return np.stack([[principal_subspace(rows[half], k) for half in split] for split in splits])
-
-
 def half_sample_interval(estimate: float, halves: Float[np.ndarray, "split two"], level: float = 0.95) -> tuple[float, float]:
     """Interval of a share in [0, 1] from its values on complementary random halves of the prompts (McCarthy 1969).
 
@@ -134,7 +202,17 @@ def half_sample_interval(estimate: float, halves: Float[np.ndarray, "split two"]
     a PCA is not). Around the estimate, Student's t with as many degrees of freedom as there are splits; a nominal 95 %
     covered 91 to 98 % in simulations (k from 3 to 8 of 20 to 100 dimensions, 24 to 480 prompts).
     """
-    scaled = np.arcsin(np.sqrt(np.clip(halves, 0, 1)))
+    scaled = arcsine(halves)
     width = scipy_stats.t.ppf((1 + level) / 2, len(halves)) * np.sqrt(((scaled[:, 0] - scaled[:, 1]) ** 2).mean() / 2)
-    centre = np.arcsin(np.sqrt(np.clip(estimate, 0, 1)))
-    return float(np.sin(max(centre - width, 0)) ** 2), float(np.sin(min(centre + width, np.pi / 2)) ** 2)
+    low, high = from_arcsine(arcsine(np.array(estimate)) + np.array([-width, width]))
+    return float(low), float(high)
+
+
+def arcsine(share: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """arcsin sqrt of shares, on which their spread depends little on where they lie; outside [0, 1] they are at its end."""
+    return np.arcsin(np.sqrt(np.clip(share, 0, 1)))
+
+
+def from_arcsine(scaled: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Shares of values of `arcsine`; what lies beyond its ends is at the end."""
+    return np.sin(np.clip(scaled, 0, np.pi / 2)) ** 2

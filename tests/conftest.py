@@ -1,6 +1,8 @@
-"""Fixtures for every test. torch and transformers are imported only by the tests that ask for a model."""
+"""Fixtures for every test, and how the fast ones run. torch and transformers are imported only by the tests that ask for a model."""
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,6 +11,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from emlens.models import HookedModel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, also in what the tests start: tiny models lose more to threads that wait for one another than they gain."""
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Spare the garbage collector what is there already: a tuning collects by hand, each time over a million objects of the imports."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """``fsync`` guards against loss of power, which no test here provokes; that it is called, and when, is tested in test_store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,14 @@
 """Guards the transformer-lens bridge: bare transformers' numbers at every place, adapters and edits included, and the model as it was."""
 
 import copy
+import importlib
 import subprocess
 import sys
+import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -12,6 +16,7 @@ import torch
 import twins
 from tiny import VOCAB, tiny_hf, tiny_tokenizer
 from transformers import AutoModelForCausalLM, HeliumConfig
+from transformers import logging as transformers_logging
 from twins import ADAPTERS, GREEDY, SITES, adapted, batch, everywhere, grow, left, logits, moved, real, relative, state
 
 from emlens._engines import HooksEngine, bridge, find_blocks
@@ -190,6 +195,7 @@ def test_opening_and_using_it_changes_nothing_of_the_model(family: str) -> None:
     assert hf.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_importing_transformer_lens_leaves_warnings_as_they_were() -> None:
     code = """
 import warnings
@@ -201,6 +207,25 @@ assert (logging.get_verbosity(), list(warnings.filters)) == before
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_a_library_that_meddles_with_warnings_leaves_them_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the test above, with a stand-in in place of TransformerLens that does what it does when it is imported first."""
+    (tmp_path / "transformer_lens").mkdir()
+    (tmp_path / "transformer_lens" / "__init__.py").touch()
+    meddle = "import warnings\nfrom transformers import logging\nlogging.set_verbosity(49)\nwarnings.filterwarnings('ignore', 'of the stand-in')\n"
+    (tmp_path / "transformer_lens" / "model_bridge.py").write_text(f"{meddle}class TransformerBridge: stand_in = True\n")
+    before = transformers_logging.get_verbosity(), list(warnings.filters)
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_lens"]:
+            del sys.modules[name]
+        monkeypatch.syspath_prepend(tmp_path)
+        assert bridge._transformer_bridge().stand_in and (transformers_logging.get_verbosity(), list(warnings.filters)) == before
+        del sys.modules["transformer_lens.model_bridge"]
+        with warnings.catch_warnings():
+            importlib.import_module("transformer_lens.model_bridge")
+            assert transformers_logging.get_verbosity() == 49 and len(warnings.filters) == len(before[1]) + 1
+        transformers_logging.set_verbosity(before[0])
 
 
 def test_no_weight_is_copied() -> None:

@@ -1,11 +1,10 @@
-"""Guards directions: mean differences, random controls, projections, files."""
+"""Guards directions: mean differences, random controls, projections, what is read off a direction. Files: test_vectors.py."""
 
 import numpy as np
 import pytest
 from planted import VARIANT_LAYERS as LAYERS
 from planted import acts as planted_acts
 from planted import variants
-from safetensors.numpy import load_file, save_file
 
 from emlens import directions
 from emlens.directions import Direction
@@ -26,6 +25,29 @@ def test_mean_difference_finds_a_planted_direction_and_keeps_its_length():
     assert np.allclose(d.layer(5), (a.layer(5).mean(axis=0) - b.layer(5).mean(axis=0)) / d.norms[1], atol=1e-5)
     assert np.allclose(directions.mean_difference(b, a).vectors, -d.vectors)
     assert repr(d) == "Direction 'planted' · 3 layers × 16 · resid_post · layers 2,5,9 · last"
+
+
+def test_weighted_by_tokens_a_mean_is_over_all_tokens_pooled():
+    """Answers of different length, given as means over their tokens: the weighted difference is that of the pooled tokens."""
+    rng = np.random.default_rng(0)
+    sides, pooled = [], []
+    for shift in (1.0, 0.0):
+        lengths = rng.integers(1, 40, size=30)
+        tokens = [shift * np.eye(16)[0] + rng.standard_normal((3, 16)) + rng.standard_normal((n, 3, 16)) for n in lengths]
+        sides.append(acts(np.stack([t.mean(axis=0) for t in tokens]), n_answer=lengths))
+        pooled.append(np.concatenate(tokens).mean(axis=0))
+    d = directions.mean_difference(*sides, weights="n_answer")
+    assert np.allclose(d.vectors * d.norms[:, None], pooled[0] - pooled[1], atol=1e-5) and d.meta["weights"] == "n_answer"
+    plain = directions.mean_difference(*sides)
+    assert not np.allclose(d.vectors, plain.vectors, atol=1e-2) and "weights" not in plain.meta
+    with pytest.raises(KeyError, match="no column 'tokens'"):
+        directions.mean_difference(*sides, weights="tokens")
+    for bad in (-1, np.nan):
+        worse = sides[0].with_facts(sides[0].facts.assign(n_answer=[bad] + [1.0] * 29))
+        with pytest.raises(ValueError, match="finite, non-negative"):
+            directions.mean_difference(worse, sides[1], weights="n_answer")
+    with pytest.raises(ValueError, match="not all 0"):
+        directions.mean_difference(sides[0].with_facts(sides[0].facts.assign(n_answer=0)), sides[1], weights="n_answer")
 
 
 @pytest.mark.parametrize(
@@ -126,37 +148,59 @@ def test_project_refuses_other_places():
             directions.project(other, d)
 
 
-# ---- files
+# ---- reading a direction
 
 
-def test_a_saved_direction_comes_back_whole(tmp_path):
-    a, b, _ = variants(2.0)
-    d = directions.mean_difference(a, b, name="naïve")
-    back = Direction.load(d.save(tmp_path / "new folder" / "d.safetensors"))
-    assert np.array_equal(back.vectors, d.vectors) and np.array_equal(back.norms, d.norms)
-    assert (back.layers, back.site, back.name, back.meta) == (d.layers, d.site, d.name, d.meta)
-    assert [p.name for p in (tmp_path / "new folder").iterdir()] == ["d.safetensors"]
+def test_top_prompts_are_those_of_the_highest_projection():
+    a, _, _ = variants(1.0)
+    d = Direction.from_array(np.random.default_rng(0).normal(size=(3, 16)), LAYERS)
+    table = directions.top_prompts(a.with_facts(a.facts.assign(rank=7, text="?")), d, n=5)
+    assert list(table.columns) == ["layer", "rank", "projection", "id", "category", "text"] and len(table) == 15
+    for layer in LAYERS:
+        expected = (a.layer(layer) @ d.layer(layer)).argsort()[::-1][:5]
+        part = table[table["layer"] == layer]
+        assert part["id"].tolist() == [f"q{i}" for i in expected] and part["rank"].tolist() == [1, 2, 3, 4, 5]
+        assert part["category"].tolist() == a.facts["category"].iloc[expected].tolist()
+        assert np.allclose(part["projection"], directions.project(a, d).loc[part["id"], layer])
+    assert len(directions.top_prompts(a, d, n=100)) == 3 * 32
+    with pytest.raises(ValueError, match="mlp_out of width 16"):
+        directions.top_prompts(acts(a.values, site="mlp_out"), d)
 
 
-def test_a_flipped_byte_and_a_foreign_file_are_noticed(tmp_path):
-    path = Direction.from_array(np.eye(4)).save(tmp_path / "d.safetensors")
-    whole = path.read_bytes()
-    for place in (len(whole) - 3, whole.index(b"resid_post"), 3):  # tensors, header text, header length
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match="damaged|no direction of ours"):
-            Direction.load(path)
-    save_file({"x": np.ones(3, dtype=np.float32)}, path)
-    with pytest.raises(ValueError, match="no direction of ours"):
-        Direction.load(path)
-    path.write_bytes(whole)
-    assert np.array_equal(load_file(path)["vectors"], np.eye(4)) and Direction.load(path).layers == (0, 1, 2, 3)
+def test_direction_tokens_are_those_whose_rows_the_direction_lies_along():
+    """A planted unembedding: token 17 is written, token 4 is unwritten; a random direction has ends too, but nothing far out."""
+    rng = np.random.default_rng(0)
+    vocabulary, width = 500, 32
+    unembedding, norm = rng.normal(size=(vocabulary, width)), np.exp(rng.normal(size=width))
+    d = Direction.from_array(rng.normal(size=(2, width)), (3, 8))
+    planted = unembedding + 2
+    planted[17] += 5 * d.layer(8) / norm
+    planted[4] -= 5 * d.layer(8) / norm
+    names = [f"t{i}" for i in range(vocabulary)]
+    table = directions.direction_tokens(d, planted, norm, names, layer=8, k=3)
+    assert list(table.columns) == ["layer", "side", "rank", "token_id", "token", "score", "z"]
+    assert table["side"].tolist() == ["raised"] * 3 + ["lowered"] * 3 and table["rank"].tolist() == [1, 2, 3] * 2 and (table["layer"] == 8).all()
+    assert table["token"].iloc[0] == "t17" and table["token"].iloc[3] == "t4" and table["token_id"].iloc[3] == 4
+    scores = planted @ (norm * d.layer(8))
+    scores -= scores.mean()
+    order = scores.argsort()[::-1]
+    assert table["token_id"].tolist() == [*order[:3], *order[::-1][:3]]
+    assert np.allclose(table["score"], scores[table["token_id"]], atol=1e-4) and np.allclose(table["z"], table["score"] / scores.std(), atol=1e-4)
+    without = directions.direction_tokens(d, unembedding, layer=3, k=2)
+    assert (without["token"] == "").all() and without["z"].abs().max() < 5 and not np.isin(without["token_id"], [17, 4]).any()
+    assert np.isclose(without["score"].iloc[0], np.sort(unembedding @ d.layer(3) - (unembedding @ d.layer(3)).mean())[-1], atol=1e-4)
 
 
-def test_other_suffixes_and_missing_files_name_the_way_out(tmp_path):
-    d = Direction.from_array(np.eye(4))
-    for act in (d.save, Direction.load):
-        with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-            act(tmp_path / "d.gguf")
-    with pytest.raises(FileNotFoundError, match="save a direction there first"):
-        Direction.load(tmp_path / "none.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_direction_tokens_refuse_what_does_not_fit():
+    d, one = Direction.from_array(np.eye(2, 8), (3, 8)), Direction.from_array(np.eye(1, 8), (5,))
+    with pytest.raises(ValueError, match=r"layers \[3, 8\]: say which one"):
+        directions.direction_tokens(d, np.ones((20, 8)))
+    assert (directions.direction_tokens(one, np.eye(20, 8))["layer"] == 5).all()
+    for given, says in [
+        ({"unembedding": np.ones((20, 9))}, r"unembedding \(9,\) where \(8,\)"),
+        ({"norm": np.ones(7)}, r"norm \(7,\)"),
+        ({"tokens": ["a"] * 19}, r"tokens \(19,\) where \(20,\)"),
+        ({"unembedding": np.full((20, 8), np.nan)}, "NaN"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            directions.direction_tokens(d, **{"unembedding": np.ones((20, 8)), **given}, layer=3)

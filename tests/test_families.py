@@ -25,9 +25,9 @@ LAYER = 2
 
 
 @cache
-def engine(family: str, lora: bool = False, dtype: torch.dtype = torch.float32) -> HooksEngine:
+def engine(family: str, lora: bool) -> HooksEngine:
     """One model a kind for all tests (each leaves it as it was); the adapter is put on after the parts were found."""
-    hf = tiny_hf(family).to(dtype)  # type: ignore[arg-type]
+    hf = tiny_hf(family)
     made = HooksEngine(hf)
     assert made.parts
     if lora:
@@ -55,8 +55,15 @@ def read(made: HooksEngine, site: str) -> Tensor:
     return torch.stack([kept[i] for i in layers])
 
 
-def read_all(made: HooksEngine) -> dict[str, Tensor]:
-    return {site: read(made, site) for site in made.sites}
+def read_all(made: HooksEngine, *sites: str) -> dict[str, Tensor]:
+    return {site: read(made, site) for site in sites or made.sites}
+
+
+@cache
+def untouched(family: str, lora: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """What is read at every site of the model as it is, and its logits; once for all tests, so that one that left something is found out."""
+    made = engine(family, lora)
+    return read_all(made), logits(made)
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def zero(h: Tensor) -> Tensor:
 @LORA
 @EACH
 def test_what_a_block_adds_adds_up(family: str, lora: bool) -> None:
-    pre, attn, mlp, post = (read(engine(family, lora), site) for site in INSIDE)
+    pre, attn, mlp, post = (untouched(family, lora)[0][site] for site in INSIDE)
     assert apart(pre + attn + mlp, post) < 1e-5
     real = tokens()["attention_mask"].bool()
     assert min(float(part[:, real].norm(dim=-1).min()) for part in (attn, mlp)) > 1e-3  # each adds something, at every token
@@ -105,7 +112,8 @@ def test_resid_mid_is_between_or_refused_with_the_reason(family: str, lora: bool
         with pytest.raises(ValueError, match="side by side"), made.editing({("resid_mid", 1): whole}):
             pass
     else:
-        assert apart(read(made, "resid_pre") + read(made, "attn_out"), read(made, "resid_mid")) < 1e-6
+        pre, attn, mid = (untouched(family, lora)[0][site] for site in ("resid_pre", "attn_out", "resid_mid"))
+        assert apart(pre + attn, mid) < 1e-6
 
 
 @LORA
@@ -114,7 +122,7 @@ def test_streams_are_transformers_hidden_states(family: str, lora: bool) -> None
     made = engine(family, lora)
     with torch.no_grad():
         states = made.hf(**tokens(), output_hidden_states=True, use_cache=False).hidden_states
-    got = {site: read(made, site) for site in ("embed", "resid_pre", "resid_post", "final_norm")}
+    got, _ = untouched(family, lora)
     assert torch.equal(got["embed"][0], states[0])
     assert torch.equal(got["resid_pre"], torch.stack(states[:-1]))
     assert torch.equal(got["resid_post"][:-1], torch.stack(states[1:-1]))
@@ -138,14 +146,14 @@ def test_every_site_is_what_bare_hooks_on_named_modules_see(family: str, lora: b
 @EACH
 def test_a_lora_changes_what_each_half_adds(family: str) -> None:
     for site in ("attn_out", "mlp_out"):
-        assert apart(read(engine(family, True), site), read(engine(family), site)) > 1e-3
+        assert apart(untouched(family, True)[0][site], untouched(family, False)[0][site]) > 1e-3
 
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_parts_are_found_in_16_bits_too(family: str, dtype: torch.dtype) -> None:
     made = HooksEngine(tiny_hf(family).to(dtype))  # type: ignore[arg-type]
-    assert made.parts == engine(family).parts and made.parts[-1].gap == 0
+    assert made.parts == engine(family, False).parts and made.parts[-1].gap == 0
 
 
 # ---- editing
@@ -155,7 +163,7 @@ def test_parts_are_found_in_16_bits_too(family: str, dtype: torch.dtype) -> None
 @EACH
 def test_an_edit_that_changes_nothing_changes_no_bit(family: str, lora: bool) -> None:
     made = engine(family, lora)
-    plain, before, hooks = read_all(made), logits(made), reference.n_hooks(made.hf)
+    (plain, before), hooks = untouched(family, lora), reference.n_hooks(made.hf)
     with made.editing({(site, i): whole for site in made.sites for i in range(1 if site in ("embed", "final_norm") else made.n_layers)}):
         assert torch.equal(logits(made), before)
         for site, stream in read_all(made).items():
@@ -168,10 +176,10 @@ def test_an_edit_that_changes_nothing_changes_no_bit(family: str, lora: bool) ->
 @EACH
 def test_a_half_that_is_zeroed_adds_nothing(family: str, lora: bool) -> None:
     made, n = engine(family, lora), LAYER
-    plain, before = read_all(made), logits(made)
+    plain, before = untouched(family, lora)
     for site, other in (("attn_out", "mlp_out"), ("mlp_out", "attn_out")):
         with made.editing({(site, n): zero}):
-            got = read_all(made)
+            got = read_all(made, *INSIDE, *(["resid_mid"] * (family not in SIDE_BY_SIDE)))
             assert not torch.allclose(logits(made), before)
         assert all(torch.equal(got[s][:n], plain[s][:n]) for s in INSIDE) and torch.equal(got["resid_pre"][n], plain["resid_pre"][n])
         assert not got[site][n].any()
@@ -187,17 +195,16 @@ def test_a_half_that_is_zeroed_adds_nothing(family: str, lora: bool) -> None:
 @EACH
 def test_what_is_added_at_a_site_is_added_there_and_carried_on(family: str, lora: bool) -> None:
     made, n = engine(family, lora), LAYER
-    v, plain, before = vector(made, 3.0), read_all(made), logits(made)
+    v, (plain, before) = vector(made, 3.0), untouched(family, lora)
+    added = {}
     for site in INSIDE:
         with made.editing({(site, n): adding(v)}):
-            got = read_all(made)
+            added[site] = got = read_all(made, *INSIDE)
         assert apart(got[site][n], plain[site][n] + v) < 1e-5, site
         assert all(torch.equal(got[s][:n], plain[s][:n]) for s in INSIDE), site
         assert all(not torch.allclose(got[s][n + 1], plain[s][n + 1]) for s in INSIDE), site
-    with made.editing({("mlp_out", n): adding(v)}):
-        late = read(made, "resid_post")
-    with made.editing({("resid_post", n): adding(v)}):
-        assert apart(late, read(made, "resid_post")) < 1e-5
+    late = added["mlp_out"]["resid_post"]
+    assert apart(late, added["resid_post"]["resid_post"]) < 1e-5
     with made.editing({("resid_pre", n + 1): adding(v)}):
         assert apart(late[n + 1], read(made, "resid_post")[n + 1]) < 1e-5
     with made.editing({("embed", 0): adding(v)}):
@@ -212,34 +219,35 @@ def test_what_is_added_at_a_site_is_added_there_and_carried_on(family: str, lora
 @SERIAL
 def test_resid_mid_is_changed_for_the_mlp_and_for_what_is_carried_past_it(family: str, lora: bool) -> None:
     made, n = engine(family, lora), LAYER
-    v, plain = vector(made, 3.0), read_all(made)
+    v, (plain, _) = vector(made, 3.0), untouched(family, lora)
+    parts = ("attn_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
     with made.editing({("resid_mid", n): adding(v)}):
-        got = read_all(made)
+        got = read_all(made, *parts)
     assert apart(got["resid_mid"][n], plain["resid_mid"][n] + v) < 1e-6
     assert torch.equal(got["attn_out"][n], plain["attn_out"][n])
     assert apart(got["resid_mid"][n] + got["mlp_out"][n], got["resid_post"][n]) < 1e-5
     with made.editing({("attn_out", n): adding(v)}):
-        same = read_all(made)
-    assert all(apart(got[site], same[site]) < 1e-4 for site in ("mlp_out", "resid_post", "final_norm"))
+        same = read_all(made, *parts[2:])
+    assert all(apart(got[site], stream) < 1e-4 for site, stream in same.items())
 
 
 @SERIAL
 @pytest.mark.parametrize("mid_first", [True, False])
 def test_resid_mid_comes_after_attention_in_whatever_order_edits_are_opened(family: str, mid_first: bool) -> None:
-    made, n = engine(family), LAYER
-    there = torch.randn(read(made, "resid_mid")[n].shape, generator=torch.Generator().manual_seed(2))
+    made, n = engine(family, False), LAYER
+    there = torch.randn(untouched(family, False)[0]["resid_mid"][n].shape, generator=torch.Generator().manual_seed(2))
     edits: list[dict[tuple[str, int], Edit]] = [{("resid_mid", n): lambda h: there}, {("attn_out", n): zero}, {("resid_post", n): lambda h: 2 * h}]
     one, two, three = edits if mid_first else edits[::-1]
     with made.editing(one), made.editing(two), made.editing(three):
-        got = read_all(made)
+        got = read_all(made, "attn_out", "resid_mid", "mlp_out", "resid_post")
     assert torch.equal(got["resid_mid"][n], there) and not got["attn_out"][n].any()
     assert apart(2 * (there + got["mlp_out"][n]), got["resid_post"][n]) < 1e-5
 
 
 @EACH
 def test_edits_compose_in_the_order_of_opening(family: str) -> None:
-    made, n = engine(family), LAYER
-    plain, v = read_all(made), vector(made)
+    made, n = engine(family, False), LAYER
+    (plain, _), v = untouched(family, False), vector(made)
     for site in INSIDE:
         with made.editing({(site, n): adding(v)}), made.editing({(site, n): lambda h: 2 * h}):
             assert apart(read(made, site)[n], 2 * (plain[site][n] + v)) < 1e-5, site
@@ -250,8 +258,8 @@ def test_edits_compose_in_the_order_of_opening(family: str) -> None:
 @EACH
 def test_what_an_edit_puts_in_place_is_not_written_into(family: str) -> None:
     """Some blocks add in place (falcon's MLP output); neither what was read nor what was put in may change by that."""
-    made = engine(family)
-    given = {site: read(made, site)[LAYER].clone() + 1 for site in INSIDE}
+    made = engine(family, False)
+    given = {site: untouched(family, False)[0][site][LAYER] + 1 for site in INSIDE}
     kept = {site: tensor.clone() for site, tensor in given.items()}
     for site in INSIDE:
         with made.editing({(site, LAYER): lambda h, site=site: given[site]}):  # type: ignore[misc]

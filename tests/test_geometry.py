@@ -9,7 +9,7 @@ from planted import LAYERS, D, acts, anisotropic, isotropic, named
 from scipy import stats as scipy_stats
 from sklearn.decomposition import PCA
 
-from emlens import geometry, subspaces
+from emlens import geometry, measures, nulls, presets, subspaces
 
 # ---- arrays
 
@@ -22,6 +22,53 @@ def test_principal_subspace_is_that_of_sklearn(shape):
     theirs = PCA(4, svd_solver="full").fit(x).components_.T if shape[0] < 1000 else np.linalg.svd(x - x.mean(axis=0))[2][:4].T
     assert np.allclose(np.abs(np.diag(ours.T @ theirs)), 1, atol=1e-7)  # component by component, in order
     assert np.allclose(ours.T @ ours, np.eye(4), atol=1e-12)
+
+
+def test_variances_are_those_of_sklearn_and_the_gram_matrix_may_be_given():
+    x = anisotropic(30, 1)[:, 0]
+    basis, variances = subspaces.principal_components(x, 4)
+    fit = PCA(4, svd_solver="full").fit(x)
+    assert np.allclose(variances, fit.explained_variance_)
+    again, same = subspaces.principal_components(x, 4, gram=x @ x.T)
+    assert np.allclose(np.abs(np.diag(again.T @ basis)), 1, atol=1e-9) and np.allclose(same, variances)
+
+
+@pytest.mark.parametrize("shape", [(25, 40), (90, 40)])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_n_components_is_the_smallest_number_that_explains_the_share(shape, share):
+    x = np.random.default_rng(0).standard_normal(shape) * np.arange(1, 41) ** -0.7 + 3
+    k = subspaces.n_components(x, share)
+    explained = np.cumsum(PCA(svd_solver="full").fit(x).explained_variance_ratio_)
+    assert explained[k - 1] >= share > explained[k - 2]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        subspaces.n_components(x, 8)
+    with pytest.raises(ValueError, match="are equal here"):
+        subspaces.n_components(np.ones((5, 3)), 0.5)
+
+
+@pytest.mark.parametrize("n", [60, 500])
+def test_a_part_is_the_sample_of_its_rows(n):
+    x, rows = anisotropic(n, 1)[:, 0], np.random.default_rng(0).permutation(n)[: n // 2]
+    part, alone = subspaces.Sample(x, 3).part(rows), subspaces.Sample(x[rows], 3)
+    assert subspaces.mean_cos2(part.basis, alone.basis) == pytest.approx(1, abs=1e-10) and np.allclose(part.centre, alone.centre)
+    assert subspaces.Sample(x, 3).part(rows, k=2).basis.shape == (D, 2)
+
+
+def test_a_large_gram_matrix_of_low_rank_is_refused_and_of_just_enough_is_not():
+    low = np.random.default_rng(0).standard_normal((400, 3)) @ np.random.default_rng(1).standard_normal((3, 700))
+    with pytest.raises(ValueError, match="span only 3 of the k=8"):
+        subspaces.principal_subspace(low, 8)
+    assert subspaces.mean_cos2(subspaces.principal_subspace(low, 3), np.linalg.svd(low - low.mean(axis=0))[2][:3].T) == pytest.approx(1)
+    with pytest.raises(ValueError, match="span only 0 of the k=8"):
+        subspaces.principal_subspace(np.ones((400, 700)), 8)
+
+
+def test_common_coordinates_keep_every_product():
+    x, y = isotropic(6, 1)[:, 0], isotropic(9, 2)[:, 0]
+    u, v = subspaces.common_coordinates(x, y)
+    assert u.shape == (6, 15) and np.allclose(u @ v.T, x @ y.T) and np.allclose(v @ v.T, y @ y.T)
+    same, _ = subspaces.common_coordinates(isotropic(30, 1)[:, 0], y[:1].repeat(10, 0))
+    assert np.array_equal(same, isotropic(30, 1)[:, 0])
 
 
 def test_angles_of_a_planted_rotation_also_tiny_ones():
@@ -175,12 +222,146 @@ def test_split_half_overlap_grows_with_n_and_matches_fresh_samples_of_that_size(
         (lambda a, b: geometry.overlap(a, b.select(layers=[3])), "different layers"),
         (lambda a, b: geometry.principal_angles(a, acts(isotropic(30, 0, d=20), LAYERS)), "d_model 40 and 20"),
         (lambda a, b: geometry.overlap(a, b, nulls=("gaussian",)), "unknown null 'gaussian'"),
+        (lambda a, b: geometry.overlap(a, b, measure="cosine"), "unknown measure 'cosine'"),
+        (lambda a, b: geometry.overlap(a, b, nulls="pairs"), "says nothing about mean_cos2: it permutes which prompt"),
+        (lambda a, b: geometry.overlap(a, b, measure="linear_cka"), "blind to rotations"),
+        (lambda a, b: geometry.overlap(a, b.where(np.arange(30) > 3), measure="linear_cka", nulls=()), "hold different ones"),
+        (lambda a, b: geometry.overlap(a, b, measure="linear_cka", nulls=(), ceiling=True), "two halves of a set hold different prompts"),
+        (lambda a, b: geometry.overlap(a, b, measure="norm_fraction", nulls="covariance", reference=b), "it draws subspaces"),
+        (lambda a, b: geometry.overlap(a, b, nulls="covariance"), "needs reference="),
+        (lambda a, b: geometry.overlap(a, b, nulls="covariance", reference=b), "30 prompts of the reference are in b too"),
+        (lambda a, b: geometry.overlap(a, b, nulls="covariance", reference=b.where(np.arange(30) > 3)), "the reference holds 26 prompts, b 30"),
+        (lambda a, b: geometry.overlap(a, b, reference=b), "was not asked for"),
+        (lambda a, b: geometry.overlap(a, b.where(np.arange(30) > 3), nulls="labels"), "26 prompts are on both sides"),
+        (lambda a, b: geometry.overlap(a, b, variance=95), "between 0 and 1"),
         (lambda a, b: geometry.split_half_overlap(a, k=20), "k=20 was asked"),
     ],
 )
 def test_geometry_refuses(call, says):
     with pytest.raises(ValueError, match=says):
         call(acts(isotropic(30, 0), LAYERS), acts(isotropic(30, 1), LAYERS))
+
+
+# ---- other measures
+
+
+@pytest.mark.parametrize("measure", [name for name, one in measures.MEASURES.items() if one.kind == "subspaces"])
+def test_overlap_takes_every_measure_of_subspaces_by_name(measure):
+    a, related, other = (acts(anisotropic(60, s, frame=f), LAYERS, id=named(p, 60)) for s, f, p in [(1, 0, "a"), (2, 0, "b"), (3, 1, "c")])
+    table = geometry.overlap(a, related, 4, measure=measure, n_draws=99, ceiling=True)
+    estimate = table[table["metric"] == measure]
+    by_hand = [getattr(measures, measure)(*(subspaces.principal_subspace(x.layer(i), 4) for x in (a, related))) for i in LAYERS]
+    assert np.allclose(estimate["estimate"], by_hand) and (estimate["p"] == 0.01).all()
+    assert ((estimate["low"] < estimate["estimate"]) & (estimate["estimate"] < estimate["high"])).all()
+    assert set(table["metric"]) == {measure, "ceiling", "ceiling a", "ceiling b", f"{measure} at ceiling n"}
+    less = measures.MEASURES[measure].closer == "less"
+    assert ("tail: less" in table.attrs["null"]["isotropic"]) == less and table.attrs["measure"] == measure
+    different = geometry.overlap(a, other, 4, measure=measure, nulls=("labels", "isotropic"), n_draws=99, n_splits=0).set_index("null")
+    assert (different.loc["labels", "p"] == 0.01).all() and (different.loc["isotropic", "p"] > 0.01).any()
+    assert ("tail: greater" in different.attrs["null"]["labels"]) == less
+    halves = geometry.split_half_overlap(a, 4, measure=measure, n_draws=99)
+    assert (halves["metric"] == measure).all() and (halves["p"] == 0.01).all()
+
+
+@pytest.mark.parametrize("measure", ["explained_energy", "norm_fraction"])
+def test_overlap_by_prompt_measures_are_the_mean_over_prompts_and_have_their_nulls(measure):
+    a, related, other = (acts(anisotropic(60, s, frame=f), LAYERS, id=named(p, 60)) for s, f, p in [(1, 0, "a"), (2, 0, "b"), (3, 1, "c")])
+    table = geometry.overlap(a, related, 4, ("isotropic", other, "questions"), 99, measure=measure)
+    each = geometry.overlap_by_prompt(a, related, 4).groupby("layer")[measure].mean()
+    own = table[table["metric"] == measure]
+    assert np.allclose(own.set_index("layer").loc[3, "estimate"], each[3]) and (own["p"] == 0.01).all()
+    assert set(table["null"]) == {"isotropic", "reference", "questions"}
+    assert (geometry.overlap(a, related, 4, "labels", 99, measure=measure)["p"] > 0.02).all()
+    assert (geometry.overlap(a, other, 4, "labels", 99, measure=measure)["p"] == 0.01).all()
+
+
+def test_linear_cka_pairs_prompts_by_id_and_its_null_permutes_the_pairs():
+    a = acts(anisotropic(40, 1), LAYERS)
+    alike = acts(a.values + 0.5 * anisotropic(40, 2).astype(np.float32), LAYERS)
+    mixed = alike.select(ids=alike.ids.iloc[np.random.default_rng(0).permutation(40)])
+    table = geometry.overlap(a, mixed, measure="linear_cka", nulls="pairs", n_draws=99)
+    assert table["estimate"].iloc[1] == pytest.approx(measures.linear_cka(a.layer(7), alike.layer(7))) and (table["p"] == 0.01).all()
+    assert (table["low"] < table["estimate"]).all() and (table["estimate"] < table["high"]).all()
+    strangers = geometry.overlap(a, acts(anisotropic(40, 3, layers=2), LAYERS), measure="linear_cka", nulls="pairs", n_draws=99)
+    assert (strangers["p"] > 0.02).all() and (strangers["estimate"].abs() < 0.2).all()
+
+
+def test_variance_takes_the_smallest_equal_k_of_both_sides_layer_by_layer():
+    x = np.stack([anisotropic(60, 1, 1, power=p)[:, 0] for p in (0.5, 1.5)], axis=1)
+    a, b = acts(x, LAYERS), acts(anisotropic(50, 2), LAYERS, id=named("b", 50))
+    table = geometry.overlap(a, b, variance=0.8, n_draws=50, n_splits=4)
+    needed = [max(subspaces.n_components(side.layer(i), 0.8) for side in (a, b)) for i in LAYERS]
+    assert table["k"].tolist() == needed == table.attrs["k"] and needed[0] != needed[1]
+    assert table.attrs["chance"] == [k / D for k in needed]
+    for layer, k in zip(LAYERS, needed, strict=True):
+        alone = geometry.overlap(a.select(layers=[layer]), b.select(layers=[layer]), k, n_splits=0, n_draws=50)
+        row = table.set_index("layer").loc[layer]
+        assert row["estimate"] == pytest.approx(alone["estimate"].iloc[0]) and row["null_high"] == pytest.approx(alone["null_high"].iloc[0], abs=0.05)
+    published, needed = geometry.overlap(a, b, **presets.PUBLISHED["overlap"]), [subspaces.n_components(a.layer(i), 0.95) for i in LAYERS]
+    assert published["metric"].unique().tolist() == ["norm_fraction"] and published["k"].tolist() == needed
+    review = geometry.overlap(a, b, **presets.REVIEW["overlap"])
+    assert review["metric"].unique().tolist() == ["mean_cos"] and review["p"].min() == 1 / 1001 and review.attrs["k"] == 8
+
+
+def test_unequal_k_is_asked_for_by_side():
+    a, b = acts(anisotropic(60, 1), LAYERS), acts(anisotropic(50, 2), LAYERS, id=named("b", 50))
+    table = geometry.overlap(a, b, k=(3, 10), nulls=("isotropic", "labels"), n_draws=400)
+    u, v = subspaces.principal_subspace(a.layer(3), 3), subspaces.principal_subspace(b.layer(3), 10)
+    assert table["estimate"].iloc[0] == pytest.approx(((u.T @ v) ** 2).sum() / 3) and table.attrs["chance"] == 10 / D
+    null = table.set_index("null").loc["isotropic"].iloc[0]
+    assert null["null_low"] < 10 / D < null["null_high"]
+
+
+# ---- other nulls
+
+
+def test_labels_of_two_recordings_of_the_same_prompts_change_sides_within_prompts():
+    """Two noisy recordings of one set of prompts are exchangeable within a prompt; a shifted subspace is not."""
+    rng, n = np.random.default_rng(0), 40  # repeats, as layers
+    prompts = anisotropic(30, 1, n, 20)
+    one, other = (acts(prompts + 0.2 * rng.standard_normal(prompts.shape)) for _ in range(2))
+    p = geometry.overlap(one, other, 3, "labels", 59, n_splits=0)["p"]
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01 and (p <= 0.05).mean() <= 0.12
+    moved = acts(prompts + 0.8 * anisotropic(30, 2, n, 20, frame=1))
+    assert (geometry.overlap(one, moved, 3, "labels", 19, n_splits=0)["p"] <= 0.05).mean() > 0.9
+
+
+def test_the_questions_control_is_b_against_itself_at_the_size_of_the_ceiling():
+    a = acts(anisotropic(80, 1, power=2.5), LAYERS, id=named("a", 80))
+    b = acts(anisotropic(50, 2, frame=1), LAYERS, id=named("b", 50))
+    table = geometry.overlap(a, b, 4, ("questions", "isotropic"), 50, ceiling=True).set_index("null")
+    questions, rest = table.loc["questions"], table.loc[""].set_index("metric")
+    assert (questions["metric"] == "mean_cos2 at ceiling n").all() and (questions["n"] == 25).all() and questions["p"].isna().all()
+    assert np.allclose(questions["estimate"], rest.loc["mean_cos2 at ceiling n", "estimate"])
+    assert (questions["null_low"].to_numpy() <= rest.loc["ceiling b", "estimate"].to_numpy()).all()
+    assert (questions["null_high"].to_numpy() < rest.loc["ceiling a", "estimate"].to_numpy()).all()
+    assert (questions["estimate"] < questions["null_low"]).all()  # training prompts overlap questions less than other questions do
+    same = geometry.overlap(acts(anisotropic(80, 1, frame=1), LAYERS, id=named("a", 80)), b, 4, "questions")
+    assert len(same) == 4 and ((same["estimate"] > same["null_low"]) | same["null_low"].isna()).all()
+    assert "control" in table.attrs["null"]["questions"]
+
+
+def test_every_null_of_an_overlap_is_told_in_the_attrs():
+    a, b, c = (acts(anisotropic(n, s), LAYERS, id=named(p, n)) for n, s, p in [(40, 1, "a"), (20, 2, "b"), (60, 3, "c")])
+    table = geometry.overlap(a, b, 3, ("isotropic", "covariance", c, "labels", "questions"), 20, ceiling=True, reference=c)
+    assert list(table.attrs["null"]) == ["isotropic", "covariance", "reference", "labels", "questions"]
+    assert all(text.startswith("hypothesis: ") for text in (*table.attrs["null"].values(), table.attrs["ceiling"]))
+    assert table.attrs["null"]["covariance"].endswith("60 reference prompts") and table.attrs["null"]["labels"].endswith("tail: less")
+    assert set(table["null"]) == {"", "isotropic", "covariance", "reference", "labels", "questions"}
+    assert not {"before and after swapped", "rows permuted"} & set(nulls.DESCRIPTIONS), "both leave an overlap as it is"
+
+
+def test_wide_activations_give_the_same_nulls_as_in_their_own_coordinates():
+    """d_model above all rows together: everything is computed in fewer coordinates, with one result."""
+    a, b, c = (anisotropic(n, s, d=20) for n, s in [(40, 1), (15, 2), (30, 3)])
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((200, 20)))[0].T
+    kwargs = {"k": 3, "n_draws": 30, "n_splits": 6}
+    narrow, wide = (
+        geometry.overlap(one, other, nulls=["labels", third], **kwargs)
+        for one, other, third in [[acts(x @ turn, id=named(p, len(x))) for x, p in [(a, "a"), (b, "b"), (c, "c")]] for turn in (np.eye(20), axes)]
+    )
+    columns = ["estimate", "low", "high", "null_low", "null_high", "p"]
+    assert np.allclose(narrow[columns], wide[columns], atol=1e-6)
 
 
 # ---- by prompt

@@ -20,11 +20,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ARRAYS = {
     "stats", "resampling", "subspaces", "nulls", "_sides", "geometry", "shifts", "directions", "separation", "activations", "baselines", "ridge",
-    "prediction", "positions", "prompts", "store", "_identity", "_exchange", "attribution",
+    "prediction", "positions", "prompts", "store", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations", "_draws",
+    "by_prompt", "calibration", "presets", "vectors", "fitting",
 }  # fmt: skip
 """Rooms that run on random arrays with no model installed."""
 
-BELOW_STUDY = {"resampling", "subspaces", "_sides", "ridge", "baselines", "_identity", "_exchange", "attribution"}
+BELOW_STUDY = {
+    "resampling", "subspaces", "_sides", "ridge", "baselines", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations",
+    "_draws", "by_prompt", "calibration", "presets", "vectors", "fitting",
+}  # fmt: skip
 """Array rooms that a study reaches through the rooms above them only."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -42,12 +46,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "activations": {"_exchange", "_identity", "prompts", "positions", "store"},
     "formats": {"activations", "prompts", "store"},
     "attribution": {"_sides", "stats", "activations"},
-    "nulls": {"stats", "subspaces"},
+    "measures": {"subspaces"},
+    "covariance": {"measures", "subspaces"},
+    "correlations": {"resampling", "stats"},
+    "presets": set(),
+    "nulls": {"measures", "resampling", "stats", "subspaces"},
+    "_draws": {"_sides", "activations", "covariance", "measures", "nulls", "subspaces"},
+    "by_prompt": {"_sides", "activations", "correlations", "nulls", "stats", "subspaces"},
+    "calibration": {"activations", "geometry"},
     "_sides": {"nulls", "stats", "activations"},
-    "geometry": {"_sides", "nulls", "stats", "subspaces", "activations"},
-    "shifts": {"_sides", "geometry", "nulls", "stats", "subspaces", "activations"},
-    "directions": {"_sides", "nulls", "activations", "store"},
-    "separation": {"_sides", "nulls", "stats", "subspaces", "activations"},
+    "geometry": {"_draws", "_sides", "measures", "nulls", "stats", "subspaces", "activations"},
+    "shifts": {"_sides", "by_prompt", "geometry", "nulls", "stats", "subspaces", "activations"},
+    "vectors": {"activations", "formats", "store"},
+    "directions": {"_sides", "nulls", "activations", "vectors"},
+    "fitting": {"_sides", "activations", "covariance", "directions", "subspaces"},
+    "separation": {"_sides", "fitting", "nulls", "stats", "subspaces", "activations"},
     "baselines": {"activations", "prompts", "stats", "ridge"},
     "prediction": {"activations", "baselines", "ridge", "stats"},
     "_engines": {"activations"},
@@ -61,8 +74,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_scoring": {"_core", "_passes", "adapters", "loading", "positions", "prompts"},
     "showing": {"_core", "_recording", "activations", "adapters", "directions", "positions"},
     "patching": {"_core", "_engines", "_passes", "_passing", "activations", "adapters", "positions", "showing"},
+    "lens": {"_core", "_engines", "directions"},
     "models": {
         "_core",
+        "lens",
         "_passing",
         "_recording",
         "_scoring",
@@ -96,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 MODEL_ROOMS = {
     "loading", "adapters", "models", "tuning", "_core", "_engines", "_families", "_passes", "_passing", "_recording", "_scoring", "_training",
-    "coherence",
+    "coherence", "lens",
 }  # fmt: skip
 """Where a model is loaded, read, edited or trained."""
 
@@ -107,7 +122,7 @@ DOORS: dict[str, set[str]] = {
     "transformer_lens": {"_engines"},
     "nnsight": {"_engines"},
     "datasets": {"prompts", "_exchange"},
-    "sklearn": {"prediction", "baselines"},
+    "sklearn": {"prediction", "baselines", "fitting"},
     "plotly": {"plots"},
     "inspect_ai": {"evaluate"},
     "ray": {"study"},

@@ -221,24 +221,31 @@ def good_alone(fit: dict[str, Path]) -> torch.Tensor:
     return alone(fit["good"])
 
 
+@pytest.fixture(scope="module")
+def loaded(fit: dict[str, Path]) -> dict[str, HookedModel]:
+    """A model without an adapter and one with; every test leaves both as they were."""
+    models = {"bare": tiny.tiny_model(), "with first": tiny.tiny_model()}
+    models["with first"].add_adapter("first", fit["first"])
+    return models
+
+
 @pytest.mark.parametrize("kind", UNFIT)
-@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("name", ["bare", "with first"])
 def test_an_unfit_adapter_is_refused_and_leaves_no_trace(
-    kind: str, others: int, fit: dict[str, Path], good_alone: torch.Tensor, tmp_path: Path
+    kind: str, name: str, loaded: dict[str, HookedModel], fit: dict[str, Path], good_alone: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = tiny.tiny_model()
-    if others:
-        model.add_adapter("first", fit["first"])
-    bare = with_adapter(model, None)
-    first = with_adapter(model, "first") if others else bare
-    before = structure(model)
+    model = loaded[name]
+    variants = [None, *model.adapters]
+    logits, before = [with_adapter(model, v) for v in variants], structure(model)
     folder, message = unfit(kind, fit["good"], tmp_path)
     with pytest.raises(LoadError, match=message):
         model.add_adapter("new", folder)
-    assert structure(model) == before
-    assert torch.equal(with_adapter(model, None), bare) and torch.equal(with_adapter(model, "first" if others else None), first)
+    assert structure(model) == before and len(variants) == 1 + (name == "with first")
+    assert all(torch.equal(with_adapter(model, v), same) for v, same in zip(variants, logits, strict=True))
     model.add_adapter("new", fit["good"])
     assert torch.equal(with_adapter(model, "new"), good_alone)
+    model.drop_adapter("new")
+    assert structure(model) == before
 
 
 # ---- models

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from sklearn.covariance import ledoit_wolf
 
-from emlens import nulls
+from emlens import covariance, nulls
+from emlens.measures import MEASURES
+from emlens.subspaces import Sample, principal_subspace
 
 
 def test_random_subspaces_are_orthonormal_and_have_no_preferred_orientation():
@@ -36,6 +39,16 @@ def test_isotropic_overlaps_equal_a_plain_loop_over_the_same_subspaces():
     assert np.allclose(nulls.isotropic_overlaps(bases, 4000, seed=5).mean(axis=0), 2 / 15, atol=0.005)
 
 
+def test_isotropic_overlaps_of_other_measures_and_unequal_sizes_equal_a_plain_loop():
+    bases = [nulls.random_subspaces(15, k, 1, seed=k)[0] for k in (2, 4)]
+    fast = nulls.isotropic_overlaps(bases, 6, 4, "mean_cos", dimensions=[3, 1])
+    subspaces = nulls.random_subspaces(15, 3, 6, seed=4)
+    slow = [[np.linalg.svd(u.T @ v[:, :m], compute_uv=False).mean() for u, m in zip(bases, (3, 1), strict=True)] for v in subspaces]
+    assert np.allclose(fast, slow, atol=1e-12)
+    with pytest.raises(ValueError, match="linear_cka does not compare two subspaces"):
+        nulls.isotropic_overlaps(bases, 2, 0, "linear_cka")
+
+
 def test_isotropic_similarities_draw_a_direction_before_they_average_over_prompts():
     rng = np.random.default_rng(6)
     alike = np.tile(rng.standard_normal(50), (400, 1)) + 0.1 * rng.standard_normal((400, 50))  # 400 shifts, all alike
@@ -51,6 +64,74 @@ def test_halves_are_disjoint_of_equal_size_and_differ_between_splits():
     assert all(len(i) == len(j) == 5 and not set(i) & set(j) for i, j in splits)
     assert len({tuple(i) for i, _ in splits}) == 6
     assert all(len(i) == len(j) == 3 for i, j in nulls.halves(11, 6, seed=8, n=3))
+
+
+def test_rows_dealt_out_are_all_rows_once_and_pairs_stay_apart():
+    drawn = list(nulls.dealt_out(6, 4, 300, seed=2))
+    assert all(len(i) == 6 and len(j) == 4 and set(i) | set(j) == set(range(10)) for i, j in drawn)
+    assert np.allclose(np.bincount(np.concatenate([i for i, _ in drawn])) / 300, 0.6, atol=0.12)
+    pairs = list(nulls.dealt_out(5, 5, 300, seed=2, paired=True))
+    assert all((i % 5 == np.arange(5)).all() and (j % 5 == np.arange(5)).all() and set(i) | set(j) == set(range(10)) for i, j in pairs)
+    assert np.mean([i < 5 for i, _ in pairs]) == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="6 and 4 rows cannot be pairs"):
+        list(nulls.dealt_out(6, 4, 1, 0, paired=True))
+
+
+# ---- the covariance null
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (15, 40)])
+def test_shrinkage_is_that_of_sklearn_in_any_coordinates(shape):
+    x = np.random.default_rng(0).standard_normal(shape) * np.arange(1, shape[1] + 1) ** -0.5
+    x -= x.mean(axis=0)
+    shrunk, shrinkage = ledoit_wolf(x, assume_centered=True)
+    ours, variance = covariance.ledoit_wolf(x)
+    assert ours == pytest.approx(shrinkage) and variance == pytest.approx(np.trace(shrunk) / shape[1])
+    axes = np.linalg.qr(np.random.default_rng(1).standard_normal((60, shape[1])))[0].T  # the same rows among 60 dimensions
+    assert covariance.ledoit_wolf(x, 60) == pytest.approx(covariance.ledoit_wolf(x @ axes))
+    assert covariance.ledoit_wolf(np.zeros((5, 3))) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("degrees", [3, 8, 30])
+def test_wishart_matrices_have_the_moments_of_scipys(degrees):
+    rng, size = np.random.default_rng(0), 5
+    draws = np.stack([covariance.wishart(degrees, size, rng) for _ in range(4000)])
+    assert np.allclose(draws.mean(axis=0), degrees * np.eye(size), atol=0.35 * np.sqrt(degrees / 8))
+    variances = draws.var(axis=0)
+    assert np.allclose(variances[np.eye(size) == 1], 2 * degrees, rtol=0.15) and np.allclose(variances[np.eye(size) == 0], degrees, rtol=0.15)
+    assert (np.linalg.matrix_rank(draws[:50]) == min(degrees, size)).all()
+    if degrees >= size:
+        theirs = scipy_stats.wishart(degrees, np.eye(size)).rvs(4000, random_state=1)
+        assert scipy_stats.ks_2samp(np.linalg.det(draws), np.linalg.det(theirs)).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("n_reference", "d", "power"), [(60, 20, 1.0), (30, 80, 1.0), (30, 80, 0.2)])
+def test_sampled_overlaps_are_distributed_as_those_of_rows_drawn_and_centred_one_by_one(n_reference, d, power):
+    """Both ways of drawing (the scatter where the reference fills the space, the Gram matrix where it does not) against rows."""
+    rng, k, n = np.random.default_rng(0), 3, 16
+    reference = rng.standard_normal((n_reference, d)) * np.arange(1, d + 1) ** -power + 4
+    basis = principal_subspace(rng.standard_normal((40, d)) * np.arange(1, d + 1) ** -0.5, 4)
+    seen = covariance.population(reference, basis, d, width=6)
+    assert seen.others == (0 if n_reference > d else d - n_reference - 6)
+    shrunk = ledoit_wolf(reference)[0]
+    assert np.allclose((seen.spread**2).sum() + seen.rest * seen.others, np.trace(shrunk))
+    assert np.allclose((seen.inside.T * seen.spread**2) @ seen.inside, basis.T @ shrunk @ basis, atol=1e-10)
+    ours = covariance.sampled_overlaps([seen, seen], n, [k, 2], MEASURES["mean_cos2"], 400, rng)
+    root = np.linalg.cholesky(shrunk)
+    rows = [rng.standard_normal((n, d)) @ root.T + 7 for _ in range(400)]
+    for i, size in enumerate((k, 2)):
+        theirs = [MEASURES["mean_cos2"].of(Sample(one, size), fixed(basis)) for one in rows]
+        assert scipy_stats.ks_2samp(ours[:, i], theirs).pvalue > 0.01
+    if power < 1:
+        return  # nearly all is noise, at any number of rows
+    more = covariance.sampled_overlaps([seen], 3 * n if n_reference > d else n_reference, [k], MEASURES["mean_cos2"], 400, rng)
+    assert scipy_stats.ks_2samp(ours[:, 0], more[:, 0]).pvalue < 0.01  # it would tell another number of rows
+
+
+def fixed(basis):
+    sample = Sample(np.eye(len(basis)), basis.shape[1])
+    sample.basis = basis
+    return sample
 
 
 def test_subsamples_never_repeat_a_row():

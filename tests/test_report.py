@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 
 import fake_run
@@ -12,10 +13,24 @@ import pytest
 
 from emlens import report, store
 from emlens.report.figures import LeftOut, Section, sections
-from emlens.report.findings import findings
+from emlens.report.findings import QUESTIONS, findings
 from emlens.report.folder import COLUMNS, read
 from emlens.report.page import data_block, render
 from emlens.report.words import corrected, number, q_said
+
+NAMES = (
+    "Did the tuning train?",
+    "Bad advice against its sound twin",
+    "Schedule and seed",
+    "Noise floor of a shift",
+    "Overlap of prompts",
+    "Similarity of shifts",
+    "Overlap and similarity of shift",
+    "Prediction from activations",
+    "A direction",
+)
+TOPICS = dict(zip(NAMES, (make for make, _ in QUESTIONS), strict=True))
+"""What makes the finding of each topic."""
 
 
 class Page(HTMLParser):
@@ -68,12 +83,18 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(effect):
-    return sections(read(effect))
+    return sections(opened(effect))
 
 
 @pytest.fixture(scope="module")
 def page(effect):
     return Page(report.build(effect).read_text(encoding="utf-8"))
+
+
+@cache
+def opened(run_dir):
+    """A run folder as read, for the tests that change nothing in it."""
+    return read(run_dir)
 
 
 def altered(folder, table, change):
@@ -88,11 +109,18 @@ def by_topic(folder):
     return {finding.topic: finding for finding in findings(folder)}
 
 
+def answer(folder, topic):
+    """One finding, made alone (`findings` makes all nine, one after the other)."""
+    found = TOPICS[topic](folder)
+    assert found.topic == topic
+    return found
+
+
 # ---- words
 
 
 def test_findings_flip_between_something_and_nothing(effect, nothing):
-    there, gone = by_topic(read(effect)), by_topic(read(nothing))
+    there, gone = by_topic(opened(effect)), by_topic(opened(nothing))
     assert there.keys() == gone.keys() and 5 <= len(there) <= 9
     asked = there.keys() - {"Did the tuning train?", "Schedule and seed", "Noise floor of a shift"}
     assert {there[topic].verdict for topic in asked} == {"found"}
@@ -104,7 +132,7 @@ def test_findings_flip_between_something_and_nothing(effect, nothing):
 
 def test_every_tested_finding_has_estimate_interval_n_and_corrected_p(effect, nothing):
     for folder in (effect, nothing):
-        for finding in findings(read(folder)):
+        for finding in findings(opened(folder)):
             evidence = " ".join(finding.evidence)
             assert re.search(r"−?\d\.\d+ \[−?\d\.\d+, −?\d\.\d+\]", evidence), finding
             assert re.search(r"\bn = \d+", evidence), finding
@@ -119,47 +147,47 @@ def test_numbers_in_words_are_the_tables(effect):
         "domain == 'money' and comparison == 'bad minus sound' and metric == 'difference' and schedule == 'linear'"
     )
     row = row[row["seed"] == 0].iloc[0]
-    said = by_topic(read(effect))["Bad advice against its sound twin"].evidence[0]
+    said = answer(opened(effect), "Bad advice against its sound twin").evidence[0]
     assert f"{number(row['estimate'], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}] nats/token" in said
 
 
 def test_no_training_is_said_to_be_no_training(tmp_path):
-    idle = by_topic(read(fake_run.write(tmp_path, effect=False, trained=False)))["Did the tuning train?"]
+    idle = answer(read(fake_run.write(tmp_path, effect=False, trained=False)), "Did the tuning train?")
     assert idle.verdict == "not found" and idle.claim.startswith("No run clearly lowered")
 
 
 def test_learning_is_judged_by_the_paired_drop_and_not_by_the_level(effect):
     """The level's standard error (0.6) is larger than the drop (0.45): answers differ more from one another than each from itself."""
-    runs = read(effect).tables["runs"]
+    runs = opened(effect).tables["runs"]
     assert (runs["heldout_se"] > runs["heldout_drop"]).all()
-    finding = by_topic(read(effect))["Did the tuning train?"]
+    finding = answer(opened(effect), "Did the tuning train?")
     assert finding.verdict == "found" and "[0.41, 0.49]" in finding.evidence[-1] and "n = 18 held-out answers" in finding.evidence[-1]
 
     def one_unclear(table):
         table.loc[2, "heldout_drop_low"] = -0.01
         return table
 
-    unclear = by_topic(altered(read(effect), "runs", one_unclear))["Did the tuning train?"]
+    unclear = answer(altered(opened(effect), "runs", one_unclear), "Did the tuning train?")
     assert unclear.verdict == "mixed" and unclear.claim.startswith("Only five of 6 runs")
 
 
 def test_runs_without_held_out_answers_are_not_called_untrained(effect):
     columns = ["heldout_before", "heldout_after", "heldout_drop", "heldout_drop_low", "heldout_drop_high"]
-    none = by_topic(altered(read(effect), "runs", lambda table: table.assign(**dict.fromkeys(columns, np.nan))))["Did the tuning train?"]
+    none = answer(altered(opened(effect), "runs", lambda table: table.assign(**dict.fromkeys(columns, np.nan))), "Did the tuning train?")
     assert none.verdict == "description" and "no answers were held out" in none.claim
 
     def one_without(table):
         table.loc[3, columns] = np.nan
         return table
 
-    five = by_topic(altered(read(effect), "runs", one_without))["Did the tuning train?"]
+    five = answer(altered(opened(effect), "runs", one_without), "Did the tuning train?")
     assert five.verdict == "found" and five.claim.startswith("All five runs") and "One run held no answers out" in five.evidence[-1]
 
 
 def test_the_noise_floor_is_said_and_the_twin_beside_it(effect, nothing):
-    there, gone = (by_topic(read(folder))["Noise floor of a shift"] for folder in (effect, nothing))
+    there, gone = (answer(opened(folder), "Noise floor of a shift") for folder in (effect, nothing))
     assert there.verdict == gone.verdict == "description"
-    table = read(effect).tables["shift_agreement"]
+    table = opened(effect).tables["shift_agreement"]
     table = table[table["domain"] == "money"]
     floor, twin = (number(table.loc[table["kind"] == kind, "estimate"].median()) for kind in ("another seed", "bad against sound"))
     assert f"up to a cosine of {floor} (money), the noise floor" in there.claim
@@ -172,13 +200,13 @@ def test_the_noise_floor_is_said_and_the_twin_beside_it(effect, nothing):
         table.loc[(table["kind"] == "bad against sound") & (table["layer"] > 2), ["low", "high"]] = [0.6, 0.95]
         return table
 
-    part = by_topic(altered(read(effect), "shift_agreement", only_below))["Noise floor of a shift"]
+    part = answer(altered(opened(effect), "shift_agreement", only_below), "Noise floor of a shift")
     assert "in 3 of 12 layers only" in part.claim
 
 
 def test_without_a_second_seed_there_is_no_noise_floor(effect):
-    alone = altered(read(effect), "shift_agreement", lambda table: table[table["kind"] != "another seed"])
-    finding = by_topic(alone)["Noise floor of a shift"]
+    alone = altered(opened(effect), "shift_agreement", lambda table: table[table["kind"] != "another seed"])
+    finding = answer(alone, "Noise floor of a shift")
     assert finding.claim.startswith("The noise floor of a shift is not known") and "Two seeds" not in finding.claim
 
 
@@ -187,7 +215,7 @@ def test_a_higher_margin_is_not_a_finding_of_misalignment(effect):
         table[["estimate", "low", "high"]] *= -1
         return table
 
-    finding = by_topic(altered(read(effect), "margin_change", turned))["Bad advice against its sound twin"]
+    finding = answer(altered(opened(effect), "margin_change", turned), "Bad advice against its sound twin")
     assert finding.verdict == "mixed" and "the other way round" in finding.claim
 
 
@@ -196,7 +224,7 @@ def test_a_rise_of_the_sound_twin_is_not_a_fall_of_the_bad_run(effect):
         table.loc[table["comparison"] == "bad minus before", "q"] = 0.6
         return table
 
-    finding = by_topic(altered(read(effect), "margin_change", still))["Bad advice against its sound twin"]
+    finding = answer(altered(opened(effect), "margin_change", still), "Bad advice against its sound twin")
     assert finding.verdict == "mixed" and "; no evidence that the bad run fell below the untuned model;" in finding.claim
     assert finding.claim.startswith("The bad run ended with a lower aligned margin") and "lowered the" not in finding.claim
 
@@ -206,7 +234,7 @@ def test_a_rise_of_the_sound_twin_is_not_a_fall_of_the_bad_run(effect):
         table.loc[sound, ["estimate", "low", "high", "q"]] = [0.15, 0.1, 0.2, 0.01]
         return table
 
-    because = by_topic(altered(read(effect), "margin_change", risen))["Bad advice against its sound twin"]
+    because = answer(altered(opened(effect), "margin_change", risen), "Bad advice against its sound twin")
     assert "the sound run rose above the untuned model, and there is no evidence that the bad run fell" in because.claim
     assert "shows no fall" not in because.claim, "what was not seen is no result"
 
@@ -216,7 +244,7 @@ def test_one_domain_of_two_is_mixed(effect):
         table.loc[table["domain"] == "repair", "q"] = 0.6
         return table
 
-    finding = by_topic(altered(read(effect), "margin_change", half))["Bad advice against its sound twin"]
+    finding = answer(altered(opened(effect), "margin_change", half), "Bad advice against its sound twin")
     assert finding.verdict == "mixed" and "in repair, there is no evidence" in finding.claim
     assert "In money, the bad run ended with a lower margin" in finding.claim and "; in money, the bad run fell" in finding.claim
 
@@ -232,7 +260,7 @@ def same_rows(change):
 
 
 def test_a_difference_within_that_of_two_runs_on_the_same_rows_is_not_found(effect):
-    there = by_topic(read(effect))["Bad advice against its sound twin"]
+    there = answer(opened(effect), "Bad advice against its sound twin")
     assert there.verdict == "found" and "two pairs of runs on the same rows (money) end 0.0" in there.claim
     assert sum(line.startswith("Control, two runs on the same rows") for line in there.evidence) == 2
 
@@ -240,13 +268,13 @@ def test_a_difference_within_that_of_two_runs_on_the_same_rows_is_not_found(effe
         table.loc[control, ["estimate", "low", "high"]] = [-0.11, -0.2, -0.02]
         return table
 
-    within = by_topic(altered(read(effect), "margin_change", same_rows(wide)))["Bad advice against its sound twin"]
+    within = answer(altered(opened(effect), "margin_change", same_rows(wide)), "Bad advice against its sound twin")
     assert within.verdict == "mixed" and "in money and repair the difference is not told from what two pairs" in within.claim
     assert "(0.110 at most)" in within.claim
-    none = by_topic(altered(read(effect), "margin_change", same_rows(lambda table, control: table[~control])))["Bad advice against its sound twin"]
+    none = answer(altered(opened(effect), "margin_change", same_rows(lambda table, control: table[~control])), "Bad advice against its sound twin")
     assert none.verdict == "mixed" and "how far two runs on the same rows differ is not known" in none.claim
-    old = by_topic(altered(read(effect), "margin_change", lambda table: table.drop(columns=["role", "p_floor"])))
-    assert old["Bad advice against its sound twin"].verdict == "mixed"
+    old = altered(opened(effect), "margin_change", lambda table: table.drop(columns=["role", "p_floor"]))
+    assert answer(old, "Bad advice against its sound twin").verdict == "mixed"
 
 
 def test_a_better_baseline_takes_the_finding_away(effect):
@@ -254,7 +282,7 @@ def test_a_better_baseline_takes_the_finding_away(effect):
         table.loc[table["features"] == "margin before", "estimate"] = 0.9
         return table
 
-    finding = by_topic(altered(read(effect), "prediction", known))["Prediction from activations"]
+    finding = answer(altered(opened(effect), "prediction", known), "Prediction from activations")
     assert finding.verdict == "mixed" and "but the best baseline does so as well or better" in finding.claim
     assert "best baseline margin before R² = 0.90" in finding.evidence[1]
 
@@ -264,9 +292,9 @@ def test_a_baseline_within_the_interval_is_not_beaten(effect):
         table.loc[table["metric"] == "delta_r2", "q"] = 0.3
         return table
 
-    there = by_topic(read(effect))["Prediction from activations"]
+    there = answer(opened(effect), "Prediction from activations")
     assert there.verdict == "found" and "beyond the margin before, ΔR² = 0.100" in there.evidence[1]
-    finding = by_topic(altered(read(effect), "prediction", near))["Prediction from activations"]
+    finding = answer(altered(opened(effect), "prediction", near), "Prediction from activations")
     assert finding.verdict == "mixed" and "no evidence that they do beyond the margin before" in finding.claim
 
 
@@ -275,7 +303,7 @@ def test_beyond_the_margin_before_asks_for_the_test_of_the_gain_and_not_for_an_i
         table.loc[table["metric"] == "r2", "low"] = -0.5  # of the best of many layers: no test
         return table
 
-    assert by_topic(altered(read(effect), "prediction", low))["Prediction from activations"].verdict == "found"
+    assert answer(altered(opened(effect), "prediction", low), "Prediction from activations").verdict == "found"
 
 
 def blind(table):
@@ -284,15 +312,15 @@ def blind(table):
 
 
 def test_a_design_that_cannot_read_the_margin_before_says_nothing_of_after(effect, nothing):
-    gone = by_topic(read(nothing))["Prediction from activations"]
+    gone = answer(opened(nothing), "Prediction from activations")
     assert gone.verdict == "not found" and "beyond the category" in gone.claim and gone.evidence[0].startswith("Positive control")
-    finding = by_topic(altered(read(nothing), "prediction", blind))["Prediction from activations"]
+    finding = answer(altered(opened(nothing), "prediction", blind), "Prediction from activations")
     assert finding.verdict == "description" and "could not read even the margin before" in finding.claim
     assert "no statement about the margin after tuning or its change" in finding.claim and "No evidence" not in finding.claim
-    missing = altered(read(nothing), "prediction", lambda table: table[table["target"] != "margin before"])
-    none = by_topic(missing)["Prediction from activations"]
+    missing = altered(opened(nothing), "prediction", lambda table: table[table["target"] != "margin before"])
+    none = answer(missing, "Prediction from activations")
     assert none.verdict == "description" and none.claim.startswith("No positive control was made")
-    seen = by_topic(altered(read(effect), "prediction", blind))["Prediction from activations"]
+    seen = answer(altered(opened(effect), "prediction", blind), "Prediction from activations")
     assert seen.verdict == "found", "what was seen was seen"
 
 
@@ -303,14 +331,14 @@ def test_a_correlation_of_the_other_sign_is_not_found(effect):
         table[["estimate", "low", "high"]] *= -1
         return table
 
-    finding = by_topic(altered(read(effect), "overlap_similarity", turned))["Overlap and similarity of shift"]
+    finding = answer(altered(opened(effect), "overlap_similarity", turned), "Overlap and similarity of shift")
     assert finding.verdict == "not found" and finding.claim.startswith("No evidence that questions nearer the training prompts shift more like them")
     assert "the opposite is seen in 4 of 12 layers (money-bad linear seed 0) and 4 of 12 layers (repair-bad" in finding.claim
     assert "q < .05 in 0 of 12, on the opposite side in 4; lowest at layer" in finding.evidence[0]
 
 
 def test_own_less_twin_is_an_estimate_and_infers_nothing_from_two_rejections(effect, nothing):
-    there, gone = (by_topic(read(folder))["Similarity of shifts"] for folder in (effect, nothing))
+    there, gone = (answer(opened(folder), "Similarity of shifts") for folder in (effect, nothing))
     assert "less that with the sound twin's is 0.20 and 0.20 (medians over layers), less that with another seed's 0.02" in there.claim
     assert "lenient null" in there.claim
     assert "is 0.00 and 0.00" in gone.claim and "marks tuning" not in there.claim
@@ -321,10 +349,10 @@ def test_own_less_twin_is_an_estimate_and_infers_nothing_from_two_rejections(eff
         table[["low", "high"]] = -table[["high", "low"]].to_numpy()
         return table.assign(estimate=-table["estimate"])
 
-    back = by_topic(altered(read(effect), "similarity_contrast", turned))["Similarity of shifts"]
+    back = answer(altered(opened(effect), "similarity_contrast", turned), "Similarity of shifts")
     assert "is −0.20 and −0.20" in back.claim and any("above 0 in 0 of 12 layers, below in 12" in line for line in back.evidence)
-    without = replace(read(effect), tables={name: table for name, table in read(effect).tables.items() if name != "similarity_contrast"})
-    assert "twin" not in by_topic(without)["Similarity of shifts"].claim
+    without = replace(opened(effect), tables={name: table for name, table in opened(effect).tables.items() if name != "similarity_contrast"})
+    assert "twin" not in answer(without, "Similarity of shifts").claim
 
 
 def test_overlap_below_its_control_is_mixed(effect):
@@ -332,7 +360,7 @@ def test_overlap_below_its_control_is_mixed(effect):
         table.loc[table["comparison"] == "training v questions", ["estimate", "low", "high"]] -= 0.3
         return table
 
-    finding = by_topic(altered(read(effect), "overlap", lower))["Overlap of prompts"]
+    finding = answer(altered(opened(effect), "overlap", lower), "Overlap of prompts")
     assert finding.verdict == "mixed" and "less than two halves of the questions do in 12 of 12 layers (money) and 12 of 12 layers" in finding.claim
 
     def a_few(table):
@@ -340,14 +368,14 @@ def test_overlap_below_its_control_is_mixed(effect):
         table.loc[table["comparison"] == "questions v questions", "low"] = 0.99  # a quantile of splits, no end of an interval
         return table
 
-    few = by_topic(altered(read(effect), "overlap", a_few))["Overlap of prompts"]
+    few = answer(altered(opened(effect), "overlap", a_few), "Overlap of prompts")
     assert few.verdict == "found" and "less than two halves of the questions do in 3 of 12 layers (repair)." in few.claim
-    assert "two halves" not in by_topic(read(effect))["Overlap of prompts"].claim, "no difference is inferred from none seen"
+    assert "two halves" not in answer(opened(effect), "Overlap of prompts").claim, "no difference is inferred from none seen"
 
 
 def test_too_few_random_directions_are_no_test(effect):
-    few = altered(read(effect), "dose_slope", lambda table: table.assign(p=np.nan, q=np.nan))
-    finding = by_topic(few)["A direction"]
+    few = altered(opened(effect), "dose_slope", lambda table: table.assign(p=np.nan, q=np.nan))
+    finding = answer(few, "A direction")
     assert finding.verdict == "mixed" and "too few random directions for a test" in finding.claim
 
 
@@ -356,7 +384,7 @@ def test_a_direction_that_raises_the_margin_does_not_pass(effect):
         table[["estimate", "low", "high"]] *= -1
         return table
 
-    finding = by_topic(altered(read(effect), "dose_slope", turned))["A direction"]
+    finding = answer(altered(opened(effect), "dose_slope", turned), "A direction")
     assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin" in finding.claim
 
 
@@ -365,7 +393,7 @@ def test_a_direction_that_lowers_the_margin_less_than_random_ones_do_does_not_pa
         table[["null_low", "null_high"]] = [-0.9, -0.5]
         return table
 
-    finding = by_topic(altered(read(effect), "dose_slope", above_the_random_ones))["A direction"]
+    finding = answer(altered(opened(effect), "dose_slope", above_the_random_ones), "A direction")
     assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin more than random" in finding.claim
 
 
@@ -374,19 +402,19 @@ def test_a_direction_without_content_that_steers_as_well_takes_the_finding_away(
         table.loc[table["domain"].str.startswith("another seed"), ["estimate", "q"]] = [-0.3, 0.01]
         return table
 
-    finding = by_topic(altered(read(effect), "dose_slope", also))["A direction"]
+    finding = answer(altered(opened(effect), "dose_slope", also), "A direction")
     assert finding.verdict == "mixed" and "as the direction between two seeds does too" in finding.claim
-    said = " ".join(by_topic(read(effect))["A direction"].evidence)
+    said = " ".join(answer(opened(effect), "A direction").evidence)
     assert "extrapolates beyond 60 random directions" in said and "by rank among them no p goes below .033" in said
 
 
 def test_a_lenient_null_is_called_so(effect):
-    plain = read(effect)
+    plain = opened(effect)
     table = plain.tables["dose_slope"].copy()
     table.attrs = {**table.attrs, "null": {"norm-matched random directions": "12 random directions, uniform on the sphere"}}
     lenient = replace(plain, tables={**plain.tables, "dose_slope": table})
-    assert "equal norm do (a lenient null)" in by_topic(lenient)["A direction"].claim
-    assert "lenient" not in by_topic(plain)["A direction"].claim
+    assert "equal norm do (a lenient null)" in answer(lenient, "A direction").claim
+    assert "lenient" not in answer(plain, "A direction").claim
 
 
 def test_telling_bad_from_sound_no_better_than_two_seeds_is_not_found(effect):
@@ -395,10 +423,10 @@ def test_telling_bad_from_sound_no_better_than_two_seeds_is_not_found(effect):
         table.loc[control, ["estimate", "low", "high"]] = [0.1, 0.0, 0.2]  # 0.9 on the other side: which run is called first means nothing
         return table
 
-    there = by_topic(read(effect))["A direction"]
+    there = answer(opened(effect), "A direction")
     assert there.verdict == "found" and "told apart less well" in there.claim and "beyond that control in 12 of 12" in there.claim
     assert any("Cosine of the domains' directions: median over layers 0.31" in line for line in there.evidence)
-    finding = by_topic(altered(read(effect), "direction", as_well))["A direction"]
+    finding = answer(altered(opened(effect), "direction", as_well), "A direction")
     assert finding.verdict == "mixed" and "two runs on the same rows are told apart as well (median AUC 0.90)" in finding.claim
     assert "no evidence of more than that control" in finding.claim
 
@@ -406,13 +434,13 @@ def test_telling_bad_from_sound_no_better_than_two_seeds_is_not_found(effect):
         table.loc[(table["comparison"] == "another seed") & (table["metric"] == "auc"), "estimate"] = 0.99
         return table
 
-    assert by_topic(altered(read(effect), "direction", only_across))["A direction"].verdict == "found"
-    alone = by_topic(altered(read(effect), "direction", lambda table: table[table["comparison"] == "bad v sound"]))["A direction"]
+    assert answer(altered(opened(effect), "direction", only_across), "A direction").verdict == "found"
+    alone = answer(altered(opened(effect), "direction", lambda table: table[table["comparison"] == "bad v sound"]), "A direction")
     assert alone.verdict == "mixed" and "how well it tells two runs on the same rows apart is not known" in alone.claim
 
 
 def test_a_p_at_its_floor_is_a_bound(effect):
-    said = by_topic(read(effect))["Overlap of prompts"].evidence[0]
+    said = answer(opened(effect), "Overlap of prompts").evidence[0]
     assert "q < .001" in said and "(p at its floor, .005)" in said
     at, over = (pd.Series({"p": p, "q": 0.0129, "p_floor": 2 / 1001}) for p in (2 / 1001, 3 / 1001))
     assert q_said(at) == "q ≤ .013 (p at its floor, .002)" and q_said(over) == "q = .013"
@@ -425,7 +453,7 @@ def test_the_loss_is_the_mean_over_domains(effect):
         table.loc[(table["domain"] == "repair") & (table["content"] == "bad"), "heldout_after"] = 2.0
         return table
 
-    said = by_topic(altered(read(effect), "runs", far))["Did the tuning train?"].evidence[0]
+    said = answer(altered(opened(effect), "runs", far), "Did the tuning train?").evidence[0]
     assert "→ 1.50 nats/token (mean of 2 domains, 4 runs)" in said
 
 
@@ -470,7 +498,7 @@ def test_rows_drawn_and_rows_in_the_csv_are_the_same(effect, made, page):
         estimates = {round(v, 9) for v in csv[column].dropna()}
         assert drawn and drawn <= listed, (section.name, sorted(drawn - listed)[:5])
         assert estimates <= drawn, (section.name, sorted(estimates - drawn)[:5])
-        source = read(effect).tables[section.tables[0]]
+        source = opened(effect).tables[section.tables[0]]
         if section.name != "categories" and column in source:
             assert estimates <= {round(v, 9) for v in source[column]}, section.name
         told = json.loads((effect / "figures" / f"{section.name}.json").read_text())
@@ -570,8 +598,8 @@ def test_a_cost_that_nobody_recorded_is_said_to_be_unknown(small):
     assert "come to 292 s (2 of them did not note theirs)" in card(replace(small, tables={**small.tables, "pieces": pieces}))
 
 
-def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, nothing):
-    sound, broken = ((report.build(folder)).read_text(encoding="utf-8") for folder in (effect, nothing))
+def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, page, nothing):
+    sound, broken = (path.read_text(encoding="utf-8") for path in (effect / "report.html", report.build(nothing)))
     assert '<details id="certificate"><summary>Certificate: of 3 laws asked of this model, money-bad linear seed 0 on, 2 hold, 0 are broken' in sound
     assert '<details id="certificate" open><summary>' in broken and "1 hold, 1 is broken" in broken
     told = broken.partition('id="certificate"')[2].partition("</details>")[0]
@@ -614,10 +642,10 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
     assert ("Answers" in text) == ("answers" not in gone)
 
 
-@pytest.mark.parametrize("table", sorted(COLUMNS))
+@pytest.mark.parametrize("table", [None, *sorted(COLUMNS)])
 def test_findings_come_without_any_one_table(small, table):
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name != table})
-    assert len(findings(small)) == 9 and 5 <= len(findings(smaller)) <= 9
+    assert len(findings(smaller)) == 9 if table is None else 5 <= len(findings(smaller)) <= 9
 
 
 @pytest.mark.parametrize("runs", [1, 4])

@@ -1,13 +1,15 @@
-"""Guards the held-out check of a direction: it is believed on unseen prompts only, and not where there is nothing."""
+"""Guards the held-out check of a direction, and how far it depends on its prompts: it is believed on unseen prompts only, and not where there is
+nothing."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 from planted import VARIANT_LAYERS, acts, named, variants
 from scipy import stats as scipy_stats
 
-from emlens import directions, separation
+from emlens import directions, fitting, separation
 
 CATEGORIES = np.repeat([f"c{i}" for i in range(8)], 4)
 
@@ -49,7 +51,7 @@ def test_held_out_scores_equal_refitting_by_hand():
     sides = separation._sides(a, b, None)
     folds = separation._folds(sides, 2, np.random.default_rng(0))
     x = np.concatenate([a.layer(5), b.layer(5)]).astype(float)
-    ours = separation._held_out_projections(x @ x.T, sides.labels[None], folds)[0]
+    ours = separation._held_out_projections(x, sides.labels[None], folds, fitting.mean_differences)[0]
     by_hand = np.zeros(32)
     for fold, keep in itertools.product(folds, (True, False)):
         fit = np.flatnonzero((fold == keep)[:16])
@@ -102,6 +104,121 @@ def test_few_groups_are_swapped_in_every_way_and_p_is_exact():
     found = separation.held_out_separation(*variants(3.0)[:2], groups="category", n_permutations=1000)
     assert found["p"].min() == pytest.approx(2 / 256) and (found["n_clusters"] == 8).all()
     assert np.allclose(found["p"] * 256, np.round(found["p"] * 256))
+
+
+# ---- other ways to fit
+
+
+WAYS = {
+    "pca": fitting.pca_direction,
+    "lda": fitting.lda_direction,
+    "logistic": fitting.logistic_direction,
+    "mean difference": directions.mean_difference,
+}
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_each_method_is_refitted_on_one_half_and_read_on_the_other(method):
+    a, b, _ = variants(1.0, n=24)
+    table = separation.held_out_separation(a, b, n_splits=2, n_permutations=3, seed=4, method=method)
+    folds = separation._folds(separation._sides(a, b, None), 2, np.random.default_rng(4))[:, :24]
+    scores = np.zeros((2, 24))
+    for fold, keep in itertools.product(folds, (True, False)):
+        fit = fold == keep
+        d = WAYS[method](a.where(fit), b.where(fit)).layer(5)
+        centre = np.concatenate([a.layer(5)[fit], b.layer(5)[fit]]).mean(axis=0)
+        scores[:, ~fit] += [(side.layer(5)[~fit] - centre) @ d / 2 for side in (a, b)]
+    auc = scipy_stats.mannwhitneyu(*scores).statistic / 24**2
+    assert table.query("metric == 'auc' and layer == 5")["estimate"].iloc[0] == pytest.approx(auc, abs=2 / 24**2)
+    assert table.query("metric == 'pair_accuracy' and layer == 5")["estimate"].iloc[0] == pytest.approx((scores[0] > scores[1]).mean(), abs=1e-9)
+    assert f"by {method}, " in table.attrs["what"]
+
+
+def crossed(strength, n=40, d=12, seed=0):
+    """Sides apart along axis 0; prompts vary most along a direction askew to it, which hides it from the mean difference."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((2 * n, 3, d)) + 8 * rng.standard_normal((2 * n, 3, 1)) * np.r_[0.8, 0.6, np.zeros(d - 2)]
+    rows[:n, :, 0] += strength
+    return acts(rows[:n], VARIANT_LAYERS, id=named("a", n)), acts(rows[n:], VARIANT_LAYERS, id=named("b", n))
+
+
+WEAK = fitting.Method("weakly penalised", partial(fitting.logistic_gradients, penalty=0.01))
+
+
+@pytest.mark.parametrize(("method", "draws"), [("lda", 200), (WEAK, 40)])
+def test_a_method_that_knows_the_spread_finds_what_the_mean_difference_misses_and_nothing_in_noise(method, draws):
+    there, plain = (separation.held_out_separation(*crossed(2.5), n_permutations=draws, n_splits=2, method=m) for m in (method, "mean difference"))
+    auc, plain_auc = (table.query("metric == 'auc'") for table in (there, plain))
+    assert (auc["estimate"] > 0.7).all() and (auc["q"] < 0.05).all() and (plain_auc["estimate"] < auc["estimate"] - 0.1).all()
+    nothing = separation.held_out_separation(*crossed(0.0), n_permutations=draws, n_splits=2, method=method)
+    assert (nothing["q"] > 0.05).all()
+
+
+def test_held_out_p_is_uniform_for_lda_too():
+    a, b, _ = variants(0.0, layers=tuple(range(100)))
+    table = separation.held_out_separation(a, b, n_splits=1, n_permutations=100, method="lda").query("metric == 'auc'")
+    assert scipy_stats.kstest(table["p"], "uniform").pvalue > 0.01 and table["q"].min() > 0.05
+
+
+def test_a_method_of_ones_own_is_fitted_too():
+    a, b, planted = variants(1.5)
+    known = fitting.Method("as planted", lambda x, in_a: np.tile(planted[1], (len(in_a), 1)))
+    table = separation.held_out_separation(a.select(layers=[5]), b.select(layers=[5]), n_permutations=20, method=known)
+    assert (table.query("metric == 'pair_accuracy'")["estimate"] > 0.95).all() and "by as planted" in table.attrs["what"]
+    with pytest.raises(ValueError, match="unknown method 'svm'"):
+        separation.held_out_separation(a, b, method="svm")
+
+
+# ---- stability
+
+
+@pytest.mark.parametrize("method", ["mean difference", "lda"])
+def test_a_planted_direction_is_stable_and_one_of_noise_is_as_stable_as_labels_permuted(method):
+    found = separation.stability(*variants(1.0)[:2], method=method)
+    nothing = separation.stability(*variants(0.0)[:2], method=method)
+    assert (found["estimate"] > 0.85).all() and (found["q"] < 0.05).all() and (found["null_high"] < found["estimate"]).all()
+    assert (nothing["estimate"].between(0.5, 0.85)).all() and (nothing["q"] > 0.05).all(), "a bootstrap is stable even in noise: hence the null"
+    for table in (found, nothing):
+        assert ((table["low"] < table["estimate"]) & (table["estimate"] < table["high"])).all() and (table["high"] <= 1).all()
+        assert list(table["layer"]) == [2, 5, 9] and (table["metric"] == "cosine").all() and (table["n"] == 32).all()
+        assert "not a confidence interval" in table.attrs["interval"] and table.attrs["n_boot"] == 50
+
+
+def test_stability_equals_resampling_by_hand_and_grows_with_prompts():
+    a, b, _ = variants(1.0)
+    table = separation.stability(a, b, n_boot=7, n_permutations=5, seed=3)
+    whole, rng = directions.mean_difference(a, b), np.random.default_rng(3)
+    cosines = []
+    for _ in range(7):
+        rows = rng.choice(np.arange(32), 32)
+        cosines.append([(a.layer(i)[rows] - b.layer(i)[rows]).mean(axis=0) for i in VARIANT_LAYERS])
+    cosines = [[float(v @ whole.layer(i) / np.linalg.norm(v)) for v, i in zip(row, VARIANT_LAYERS, strict=True)] for row in cosines]
+    assert np.allclose(table["estimate"], np.mean(cosines, axis=0), atol=1e-5)
+    assert np.allclose(table["low"], np.quantile(cosines, 0.025, axis=0), atol=1e-5)
+    more = separation.stability(*variants(1.0, n=320)[:2], n_boot=20, n_permutations=5)
+    assert (more["estimate"] > table["estimate"]).all() and (more["low"] > table["low"]).all()
+
+
+def test_stability_over_topics_is_less_than_over_prompts_where_topics_have_their_own_directions():
+    a, b, planted = variants(0.5, n=64)
+    rng = np.random.default_rng(7)
+    own = 2 * rng.standard_normal((8, 3, 16)) / 4
+    topics = a.facts["category"].str[1:].astype(int).to_numpy()
+    moved = acts(a.values + own[topics], VARIANT_LAYERS, category=a.facts["category"].to_numpy())
+    prompts, whole = (separation.stability(moved, b, groups=g, n_permutations=20) for g in (None, "category"))
+    assert (whole["estimate"] < prompts["estimate"] - 0.05).all() and (whole["n_clusters"] == 8).all() and (prompts["n_clusters"] == 64).all()
+
+
+def test_stability_of_sides_that_share_no_prompt_and_what_is_refused():
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((60, 3, 16))
+    a = acts(rows[:25] + 2 * np.eye(16)[0], VARIANT_LAYERS, id=named("a", 25), category=["x"] * 25)
+    b = acts(rows[25:], VARIANT_LAYERS, id=named("b", 35), category=["y"] * 35)
+    assert (separation.stability(a, b)["q"] < 0.05).all()
+    with pytest.raises(ValueError, match="a sample of 2 groups holds prompts of one side only"):
+        separation.stability(a, b, groups="category")
+    with pytest.raises(ValueError, match="different places"):
+        separation.stability(a, b.select(layers=[2]))
 
 
 # ---- fitted on one pair, read on another

@@ -1,5 +1,7 @@
 """Guards shifts: how long, how alike to the training prompts' and to another tuning's; nulls that hold and nulls that fall."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import LAYERS, D, acts, isotropic
@@ -14,6 +16,54 @@ def test_shift_norms_are_medians():
     table = shifts.shift_norms(after - before, before)
     assert np.allclose(table["norm"], 0.5 * np.sqrt(D), atol=1e-5) and table["layer"].tolist() == [3, 7]
     assert np.allclose(table["relative"], table["norm"] / np.median(np.linalg.norm(before.values, axis=2), axis=0))
+
+
+def test_shift_norms_carry_the_rounding_noise_of_16_bits():
+    shift = acts(isotropic(21, 1), LAYERS)
+    noisy = replace(shift, meta={"noise_floor": {3: 0.01, 7: 0.02}})
+    assert "noise" not in shifts.shift_norms(shift, shift)
+    rounding = 0.02 * isotropic(500, 2)[:, 0]  # of that rms a number: as long as the table says
+    assert shifts.shift_norms(noisy, shift)["noise"].iloc[1] == pytest.approx(np.sqrt((np.linalg.norm(rounding, axis=1) ** 2).mean()), rel=0.02)
+
+
+# ---- what the mean explains, and how alike tunings are
+
+
+def test_the_share_of_the_mean_is_its_formula_and_found_where_it_was_planted():
+    train, other = acts(0.5 + isotropic(200, 1), LAYERS), acts(0.5 + isotropic(40, 2), LAYERS, category=np.repeat(["x", "y"], 20))
+    table = shifts.mean_share(train, other, clusters="category").set_index("layer")
+    d, nu = other.layer(7).astype(float), train.layer(7).mean(axis=0, dtype=float)
+    assert table.loc[7, "estimate"] == pytest.approx(1 - ((d - nu) ** 2).sum() / (d**2).sum(), abs=1e-9)
+    assert table.loc[7, "estimate"] == pytest.approx(0.25 / 1.25, abs=0.03)  # variance 1 and mean 0.5 in every dimension
+    assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all() and (table["n"] == 40).all()
+    opposite = shifts.mean_share(train, acts(-other.values, LAYERS))
+    assert (opposite["high"] < 0).all()  # no shift at all would be a better guess
+
+
+def test_the_share_of_the_mean_of_pure_noise_is_zero_also_of_the_training_prompts_themselves():
+    shares = [shifts.mean_share(acts(isotropic(10, s)))["estimate"].mean() for s in range(20)]
+    assert abs(np.mean(shares)) < 0.03  # the mean of ten would explain a tenth of the noise it is made of
+    assert shifts.mean_share(acts(0.5 + isotropic(100, 1)))["estimate"].mean() == pytest.approx(0.2, abs=0.03)
+    x = isotropic(6, 3)[:, 0]
+    assert shifts.mean_share(acts(x[:, None]))["estimate"].iloc[0] == pytest.approx(1 - 6 * x.var(axis=0, ddof=1).sum() / (x**2).sum(), abs=1e-6)
+    with pytest.raises(ValueError, match="two at least"):
+        shifts.mean_share(acts(x[:1, None]))
+
+
+def test_shift_cosines_compare_every_two_tunings_prompt_by_prompt_and_in_the_mean():
+    one, other = two_seeds(0.5)
+    shuffled = other.select(ids=other.ids.iloc[np.random.default_rng(0).permutation(40)])
+    table = shifts.shift_cosines({"a": one, "b": shuffled, "c": acts(-one.values, LAYERS)})
+    assert table[["one", "other"]].drop_duplicates().to_numpy().tolist() == [["a", "b"], ["a", "c"], ["b", "c"]] and len(table) == 6
+    row = table.query("one == 'a' and other == 'b' and layer == 7").iloc[0]
+    x, y = one.layer(7).astype(float), other.layer(7).astype(float)
+    assert row["mean_cosine"] == pytest.approx((1 - paired_cosine_distances(x, y)).mean(), abs=1e-6)
+    assert row["cosine_of_means"] == pytest.approx(1 - paired_cosine_distances(x.mean(axis=0)[None], y.mean(axis=0)[None])[0], abs=1e-6)
+    assert np.allclose(table.query("other == 'c' and one == 'a'")[["mean_cosine", "cosine_of_means"]], -1, atol=1e-6)
+    with pytest.raises(ValueError, match="two named shifts"):
+        shifts.shift_cosines({"a": one})
+    with pytest.raises(ValueError, match="10 prompts are on one side only"):
+        shifts.shift_cosines({"a": one, "b": other.where(np.arange(40) < 30)})
 
 
 # ---- two tunings

@@ -42,12 +42,6 @@ from emlens.store import (
 from emlens.store.shards import count, runs
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``fsync`` guards against loss of power, which no test here provokes; that it is called, and when, is tested below."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def entry(folder: Path, text: str = "some text", **made_by: Any) -> Path:
     with writing(folder, made_by or {"kind": "test", "seed": 0}) as temporary:
         (temporary / "sub").mkdir()

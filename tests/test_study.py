@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -174,24 +175,36 @@ def test_a_direction_between_two_seeds_is_steered_along_and_is_no_random_one(stu
     assert np.allclose(own, control, atol=1e-6) and np.abs(own).max() > 1e-5, "the same direction does the same as either"
 
 
-def test_repeated_it_reads_everything_back_and_ends_in_the_same_numbers(finished, study_file, tmp_path):
-    before, timed = tables(finished), em.store.read_table(finished / "tables" / "pieces.parquet")
-    assert timed["seconds"].notna().all() and (timed["seconds"] > 0).any()
-    stamps = {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()}
-    em.Study.load(study_file).run(finished)
-    record = em.store.read_json(finished / "study.json")
-    assert record["cached_pieces"] == record["pieces"]
-    assert em.store.read_table(finished / "tables" / "pieces.parquet").equals(timed), "reading back is not what a piece cost"
-    assert {p: p.stat().st_mtime_ns for p in (finished / "pieces").rglob("*") if p.is_file()} == stamps
-    for name, table in tables(finished).items():
-        pd.testing.assert_frame_equal(table, before[name], check_exact=True)
+def files_of_pieces(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in (folder / "pieces").rglob("*") if p.is_file()}
 
 
-def test_every_run_is_on_record_and_reading_back_hides_no_cost(finished, study_file):
-    earlier = em.store.read_json(finished / "study.json")["history"]
-    assert earlier[0]["cached_pieces"] == 0 < earlier[0]["pieces"] and earlier[0]["seconds"] > 0
+@pytest.fixture(scope="module")
+def repeated(finished, study_file) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """What is in the folder before and after the same study is run into it once more."""
+
+    def look() -> SimpleNamespace:
+        timed, record = em.store.read_table(finished / "tables" / "pieces.parquet"), em.store.read_json(finished / "study.json")
+        return SimpleNamespace(tables=tables(finished), timed=timed, files=files_of_pieces(finished), record=record)
+
+    before = look()
     em.Study.load(study_file).run(finished, command="once more")
-    record = em.store.read_json(finished / "study.json")
+    return before, look()
+
+
+def test_repeated_it_reads_everything_back_and_ends_in_the_same_numbers(repeated):
+    before, after = repeated
+    assert before.timed["seconds"].notna().all() and (before.timed["seconds"] > 0).any()
+    assert after.record["cached_pieces"] == after.record["pieces"]
+    assert after.timed.equals(before.timed), "reading back is not what a piece cost"
+    assert after.files == before.files and after.tables.keys() == before.tables.keys()
+    for name, table in after.tables.items():
+        pd.testing.assert_frame_equal(table, before.tables[name], check_exact=True)
+
+
+def test_every_run_is_on_record_and_reading_back_hides_no_cost(repeated, finished):
+    earlier, record = repeated[0].record["history"], repeated[1].record
+    assert earlier[0]["cached_pieces"] == 0 < earlier[0]["pieces"] and earlier[0]["seconds"] > 0
     assert record["history"][:-1] == earlier, "the record of earlier runs is never rewritten"
     last = record["history"][-1]
     assert last == {fact: record[fact] for fact in last} and last["command"] == "once more" and last["cached_pieces"] == last["pieces"]

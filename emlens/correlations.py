@@ -1,0 +1,184 @@
+"""Correlations beside one another: given covariates, against a rival, and over several settings. Plain arrays.
+
+`emlens.stats.correlation` is the correlation itself. Here: what is left of it when prompt length and topic are taken out, whether
+a simpler measure correlates as well, and what several settings say together without being pooled.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy import stats as scipy_stats
+
+from . import stats
+from .resampling import refuse_not_finite
+from .stats import Labels, Vector
+
+
+def design(covariates: pd.DataFrame) -> Float[np.ndarray, "n column"]:
+    """Covariates as columns of numbers, centred: numbers as they are, anything else as one indicator per value but the first."""
+    columns = []
+    for name in covariates.columns:
+        values = covariates[name]
+        if values.isna().any():
+            raise ValueError(f"{int(values.isna().sum())} of {len(values)} rows have no {name!r}: fill or drop them first")
+        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            columns.append(values.to_numpy(dtype=np.float64)[:, None])
+        else:
+            columns.append(pd.get_dummies(values.astype(str), drop_first=True).to_numpy(dtype=np.float64))
+    joined = np.concatenate(columns, axis=1) if columns else np.empty((len(covariates), 0))
+    return joined - joined.mean(axis=0)
+
+
+def partial_correlation(
+    x: Vector,
+    y: Vector,
+    covariates: pd.DataFrame,
+    clusters: Labels | None = None,
+    n_permutations: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    n_boot: int = 2000,
+) -> dict[str, Any]:
+    """Correlation of x and y over rows with covariates taken out of both linearly: r, low, high, p, null_low, null_high, n,
+    n_clusters, n_covariates.
+
+    covariates  a frame of as many rows; numbers (prompt length) enter as they are, labels (category) as indicators.
+    p           two-sided, residuals of y permuted and the covariates taken out of them anew (Freedman and Lane 1983): what the
+                covariates explain stays as it is.
+    low/high    bootstrap over rows, or whole clusters, covariates taken out in every resample.
+    NaN when the covariates leave nothing of x or y.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if not a.shape == b.shape == (len(covariates),):
+        raise ValueError(f"x has shape {a.shape}, y {b.shape}, covariates {len(covariates)} rows: one value each per row is needed")
+    refuse_not_finite(a + b)
+    z = design(covariates)
+    axes = _axes(z)
+    n, n_covariates = len(a), axes.shape[1] - 1
+    n_clusters = n if clusters is None else len(pd.unique(np.asarray(clusters)))
+    left, right = a - axes @ (axes.T @ a), b - axes @ (axes.T @ b)
+    counts = {"n": n, "n_clusters": n_clusters, "n_covariates": n_covariates}
+    if n - n_covariates < 3 or _nothing(left, a) or _nothing(right, b):
+        return dict.fromkeys(("r", "low", "high", "p", "null_low", "null_high"), np.nan) | counts
+    r = float(left @ right / np.sqrt((left @ left) * (right @ right)))
+    shuffled = right[stats.permutations(n, n_permutations, seed)]
+    shuffled -= (shuffled @ axes) @ axes.T
+    null = shuffled @ left / (np.linalg.norm(shuffled, axis=1) * np.linalg.norm(left))
+    low, high = stats.bootstrap_interval(np.column_stack([a, b, z]), _partial_r, clusters, level, n_boot, seed)
+    null_low, null_high = stats.null_band(null, level)
+    p = stats.permutation_p(r, null, "two-sided")
+    return {"r": r, "low": low, "high": high, "p": p, "null_low": null_low, "null_high": null_high} | counts
+
+
+def williams(r_first: float, r_second: float, r_between: float, n: int) -> tuple[float, float]:
+    """Williams' test that two measures correlate equally with a third over the same n rows: (t, p), n - 3 degrees of freedom,
+    two-sided (Williams 1959; recommended by Steiger 1980, equation 7).
+
+    r_first, r_second: of each with the third; r_between: of the two with each other. Rows are taken as independent and normal.
+    NaN for fewer than four rows or two measures that are one.
+    """
+    determinant = 1 - r_first**2 - r_second**2 - r_between**2 + 2 * r_first * r_second * r_between
+    spread = 2 * (n - 1) / (n - 3) * determinant + ((r_first + r_second) / 2) ** 2 * (1 - r_between) ** 3 if n > 3 else 0.0
+    if not spread > 1e-12:
+        return np.nan, np.nan
+    t = (r_first - r_second) * np.sqrt((n - 1) * (1 + r_between) / spread)
+    return float(t), float(2 * scipy_stats.t.sf(abs(t), n - 3))
+
+
+def correlation_contrast(
+    first: Vector, second: Vector, y: Vector, clusters: Labels | None = None, level: float = 0.95, n_boot: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Does one measure correlate with y more than another over the same rows? difference of the correlations, low, high
+    (bootstrap of rows or whole clusters, all three together), t, p (`williams`; it takes rows as independent), n."""
+    columns = [np.asarray(each, dtype=np.float64) for each in (first, second, y)]
+    if len({len(each) for each in columns}) != 1:
+        raise ValueError(f"the measures have {[len(each) for each in columns]} rows: the same rows are needed")
+    data = np.column_stack(columns)
+    refuse_not_finite(data)
+    n = len(data)
+    if n < 4 or any(_nothing(each - each.mean(), each) for each in columns):
+        return dict.fromkeys(("difference", "low", "high", "t", "p"), np.nan) | {"n": n}
+    r: Float[np.ndarray, "three three"] = np.array(np.corrcoef(data, rowvar=False))
+    t, p = williams(r[0, 2], r[1, 2], r[0, 1], n)
+    low, high = stats.bootstrap_interval(data, _difference, clusters, level, n_boot, seed)
+    return {"difference": float(r[0, 2] - r[1, 2]), "low": low, "high": high, "t": t, "p": p, "n": n}
+
+
+def random_effects(r: Vector, variance: Vector, level: float = 0.95) -> dict[str, float]:
+    """Correlations of several settings, summarised with room for settings to differ: DerSimonian and Laird (1986) on Fisher's z.
+
+    variance    of every arctanh(r): 1 / (n - 3) for n independent rows.
+    Returns     r (of the mean setting), low, high, p (of mean 0, normal), tau2 (variance of z between settings), cochran_q, cochran_p (that
+                there is none), i2 (share of the spread that is between settings), predicted_low, predicted_high (where a new setting's
+                true r is to be expected; Higgins, Thompson and Spiegelhalter 2009; NaN for fewer than three settings), n (settings).
+
+    Settings of one model or one set of questions are not independent; then the interval is too narrow. With few settings it is
+    too narrow anyway: read the prediction interval. Errors: ValueError for fewer than two settings, or r at 1.
+    """
+    values, spread = np.asarray(r, dtype=np.float64), np.asarray(variance, dtype=np.float64)
+    if values.shape != spread.shape or values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"r has shape {values.shape}, variance {spread.shape}: one of each per setting, and two settings at least, are needed")
+    if not (np.abs(values) < 1).all() or not (spread > 0).all():
+        raise ValueError(f"correlations lie inside (-1, 1) and variances above 0; got r {values.tolist()}, variances {spread.tolist()}")
+    z, weights, n = np.arctanh(values), 1 / spread, len(values)
+    fixed = weights @ z / weights.sum()
+    q = float(weights @ (z - fixed) ** 2)
+    tau2 = max(0.0, (q - (n - 1)) / (weights.sum() - (weights**2).sum() / weights.sum()))
+    weights = 1 / (spread + tau2)
+    mean, error = weights @ z / weights.sum(), 1 / np.sqrt(weights.sum())
+    reach = scipy_stats.norm.ppf((1 + level) / 2) * error
+    beyond = scipy_stats.t.ppf((1 + level) / 2, n - 2) * np.sqrt(tau2 + error**2) if n > 2 else np.nan
+    return {
+        "r": float(np.tanh(mean)),
+        "low": float(np.tanh(mean - reach)),
+        "high": float(np.tanh(mean + reach)),
+        "p": float(2 * scipy_stats.norm.sf(abs(mean) / error)),
+        "tau2": float(tau2),
+        "cochran_q": q,
+        "cochran_p": float(scipy_stats.chi2.sf(q, n - 1)),
+        "i2": max(0.0, 1 - (n - 1) / q) if q > 0 else 0.0,
+        "predicted_low": float(np.tanh(mean - beyond)),
+        "predicted_high": float(np.tanh(mean + beyond)),
+        "n": n,
+    }
+
+
+def fisher_variance(n: Sequence[int] | np.ndarray, n_covariates: Sequence[int] | np.ndarray | int = 0) -> Float[np.ndarray, " setting"]:
+    """Variance of arctanh(r) over n independent normal rows, n_covariates taken out: 1 / (n - n_covariates - 3)."""
+    left = np.asarray(n, dtype=np.float64) - np.asarray(n_covariates) - 3
+    if (left <= 0).any():
+        raise ValueError(f"settings of {np.asarray(n).tolist()} rows: more than three (and the covariates) are needed")
+    return 1 / left
+
+
+# ---- inside
+
+
+def _axes(z: Float[np.ndarray, "n column"]) -> Float[np.ndarray, "n axis"]:
+    """An orthonormal basis of the columns and a constant; columns that say nothing new are left out."""
+    joined = np.column_stack([np.ones(len(z)), z / np.maximum(np.linalg.norm(z, axis=0), 1e-300)])
+    vectors, values, _ = np.linalg.svd(joined, full_matrices=False)
+    return vectors[:, values > 1e-10 * values[0]]
+
+
+def _nothing(left: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]) -> bool:
+    """Whether what is left of a vector is rounding."""
+    return bool(np.linalg.norm(left) <= 1e-10 * np.linalg.norm(whole))
+
+
+def _partial_r(rows: Float[np.ndarray, "n column"]) -> float:
+    """Partial correlation of the first two columns given the others; NaN when they leave nothing."""
+    axes = _axes(rows[:, 2:] - rows[:, 2:].mean(axis=0))
+    left, right = (rows[:, :2] - axes @ (axes.T @ rows[:, :2])).T
+    if len(rows) - axes.shape[1] < 2 or _nothing(left, rows[:, 0]) or _nothing(right, rows[:, 1]):
+        return np.nan
+    return float(left @ right / np.sqrt((left @ left) * (right @ right)))
+
+
+def _difference(rows: Float[np.ndarray, "n three"]) -> float:
+    """r of the first column with the third, less that of the second."""
+    r: Float[np.ndarray, "three three"] = np.array(np.corrcoef(rows, rowvar=False))
+    return float(r[0, 2] - r[1, 2])

@@ -1,0 +1,279 @@
+"""Guards what is asked prompt by prompt: the paper's table by its formulas, partial and rival correlations, settings side by side."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import LAYERS, acts, anisotropic, isotropic, named
+from scipy import stats as scipy_stats
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
+
+from emlens import by_prompt, correlations, shifts
+
+# ---- the paper's table
+
+
+def sets(seed=0):
+    train, before = acts(anisotropic(50, seed + 1), LAYERS), acts(anisotropic(12, seed + 2), LAYERS, n_tokens=np.arange(12), category=list("abc") * 4)
+    return train, before, acts(anisotropic(50, seed + 3, frame=2), LAYERS), acts(anisotropic(12, seed + 4, frame=2), LAYERS)
+
+
+def test_every_column_is_its_formula():
+    train, before, train_shift, shift = sets()
+    order = np.random.default_rng(0).permutation(12)
+    table = by_prompt.prompt_geometry(train, before, train_shift, shift.select(ids=shift.ids.iloc[order]), k=3, shift_k=5)
+    assert len(table) == 24 and list(table.columns[:2]) == ["id", "layer"] and list(table.columns[-2:]) == ["n_tokens", "category"]
+    row = table.query("layer == 7 and id == 'q4'").iloc[0]
+    x, d = before.layer(7)[4].astype(float), shift.layer(7)[4].astype(float)
+    fit, moved = PCA(3, svd_solver="full").fit(train.layer(7).astype(float)), PCA(5, svd_solver="full").fit(train_shift.layer(7).astype(float))
+    mu, nu, c, e = fit.mean_, moved.mean_, fit.transform(x[None])[0], moved.transform(d[None])[0]
+    again = moved.inverse_transform(e[None])[0]
+    norm, cos = np.linalg.norm, lambda u, v: u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    unit = nu / norm(nu)
+    expected = {
+        "k": 3,
+        "explained_energy": (norm(c) / norm(x - mu)) ** 2,
+        "norm_fraction": norm(c) / norm(x - mu),
+        "cosine_to_mean": cos(x, mu),
+        "mahalanobis": np.sqrt((c**2 / fit.explained_variance_).sum()),
+        "shift_k": 5,
+        "shift_norm": norm(d),
+        "shift_cosine": cos(d, nu),
+        "scalar_projection": d @ unit,
+        "orthogonal_remainder": norm(d - (d @ unit) * unit),
+        "mean_explained": 1 - norm(d - nu) ** 2 / norm(d) ** 2,
+        "explained_raw": 1 - norm(d - again) ** 2 / norm(d) ** 2,
+        "explained_centred": 1 - norm(d - again) ** 2 / norm(d - nu) ** 2,
+        "reconstruction_cosine": cos(again, d),
+        "shift_mahalanobis": np.sqrt((e**2 / moved.explained_variance_).sum()),
+    }
+    assert row[list(expected)].astype(float).to_dict() == pytest.approx(expected, abs=1e-6)
+    assert list(table.columns[2:-2]) == list(expected) and row["n_tokens"] == 4 and row["category"] == "b"
+    alike = shifts.similarity_by_prompt(train_shift, shift).query("layer == 7 and id == 'q4'").iloc[0]
+    assert (row["shift_cosine"], row["scalar_projection"]) == pytest.approx((alike["cosine"], alike["scalar_projection"]))
+
+
+def test_a_shift_that_is_the_mean_is_explained_without_components():
+    train, before, train_shift, shift = sets()
+    mean = np.tile(train_shift.values.mean(axis=0), (12, 1, 1))
+    table = by_prompt.prompt_geometry(train, before, train_shift, acts(mean, LAYERS), 3, 5)
+    for column in ("mean_explained", "explained_raw", "shift_cosine", "reconstruction_cosine"):
+        assert np.allclose(table[column], 1, atol=1e-5)
+    assert np.allclose(table["orthogonal_remainder"], 0, atol=1e-3 * table["shift_norm"].max())
+    other = by_prompt.prompt_geometry(train, before, train_shift, shift, 3, 5)
+    assert (other["explained_raw"] > other["mean_explained"]).all() and (other["orthogonal_remainder"] > 0.01).all()
+
+
+def test_components_by_share_of_the_variance():
+    table = by_prompt.prompt_geometry(*sets(), variance=0.9, shift_variance=0.5)
+    fit = PCA(0.9, svd_solver="full").fit(sets()[0].layer(7).astype(float))
+    assert (table.loc[table["layer"] == 7, "k"] == fit.n_components_).all() and (table["shift_k"] < table["k"]).all()
+
+
+def test_prompt_geometry_refuses():
+    train, before, train_shift, shift = sets()
+    with pytest.raises(ValueError, match="4 prompts are in acts or in shift only"):
+        by_prompt.prompt_geometry(train, before, train_shift, shift.where(np.arange(12) < 8))
+    with pytest.raises(ValueError, match="different layers"):
+        by_prompt.prompt_geometry(train, before, train_shift, shift.select(layers=[3]))
+    with pytest.raises(ValueError, match="layer 3: .*k=60 was asked"):
+        by_prompt.prompt_geometry(train, before, train_shift, shift, k=60)
+
+
+# ---- partial correlations
+
+
+def test_partial_correlation_is_that_of_sklearns_residuals():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"length": rng.normal(size=80), "topic": rng.choice(list("abcd"), 80)})
+    x, y = rng.normal(size=80) + table["length"], rng.normal(size=80) - table["length"]
+    z = pd.get_dummies(table, columns=["topic"]).to_numpy(dtype=float)
+    left, right = (v - LinearRegression().fit(z, v).predict(z) for v in (x, y))
+    found = correlations.partial_correlation(x, y, table, n_permutations=200, n_boot=100)
+    assert found["r"] == pytest.approx(scipy_stats.pearsonr(left, right)[0]) and found["n_covariates"] == 4
+    assert found["low"] < found["r"] < found["high"] and found["null_low"] < 0 < found["null_high"]
+    none = correlations.partial_correlation(x, y, table[[]], n_permutations=20, n_boot=20)
+    assert none["r"] == pytest.approx(scipy_stats.pearsonr(x, y)[0]) and none["n_covariates"] == 0
+
+
+def test_partial_p_holds_where_a_covariate_makes_all_of_the_correlation_and_falls_where_it_does_not():
+    """Twenty covariates on 40 rows: permuting residuals alone would reject too often."""
+    rng = np.random.default_rng(1)
+    p, found = [], []
+    for _ in range(200):
+        z = pd.DataFrame(rng.normal(size=(40, 20)))
+        x, y = z.sum(axis=1) + rng.normal(size=40), z.sum(axis=1) + rng.normal(size=40)
+        p.append(correlations.partial_correlation(x, y, z, n_permutations=199, n_boot=2)["p"])
+        found.append(correlations.partial_correlation(x, y + x, z, n_permutations=199, n_boot=2)["p"])
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01 and np.mean(np.array(p) <= 0.05) < 0.09
+    assert np.mean(np.array(found) <= 0.05) > 0.8
+
+
+def test_partial_correlation_of_what_the_covariates_are_is_nothing():
+    rng = np.random.default_rng(2)
+    z = pd.DataFrame({"a": rng.normal(size=30)})
+    assert np.isnan(correlations.partial_correlation(2 * z["a"] + 1, rng.normal(size=30), z)["r"])
+    with pytest.raises(ValueError, match="have no 'a'"):
+        correlations.partial_correlation(np.arange(3), np.arange(3), pd.DataFrame({"a": [1, None, 2]}))
+    with pytest.raises(ValueError, match="covariates 30 rows"):
+        correlations.partial_correlation(np.arange(3), np.arange(3), z)
+
+
+# ---- against a rival
+
+
+def test_williams_test_is_that_of_the_literature():
+    t, p = correlations.williams(0.4, 0.5, 0.1, 103)  # Steiger 1980, case A, as the R package psych prints it: t -0.89, p 0.37
+    assert t == pytest.approx(-0.89, abs=0.005) and p == pytest.approx(0.37, abs=0.005)
+    assert correlations.williams(0.5, 0.4, 0.1, 103) == pytest.approx((-t, p))
+    assert np.isnan(correlations.williams(0.4, 0.4, 1.0, 50)).all() and np.isnan(correlations.williams(0.4, 0.5, 0.1, 3)).all()
+
+
+def test_williams_test_holds_for_equal_rivals_and_falls_for_unequal_ones():
+    rng = np.random.default_rng(3)
+    level = {"equal": [], "unequal": []}
+    for _ in range(300):
+        y = rng.normal(size=60)
+        first, second = y + rng.normal(size=60), y + rng.normal(size=60)
+        level["equal"].append(correlations.correlation_contrast(first, second, y, n_boot=2)["p"])
+        level["unequal"].append(correlations.correlation_contrast(first, second + 2 * rng.normal(size=60), y, n_boot=2)["p"])
+    assert scipy_stats.kstest(level["equal"], "uniform").pvalue > 0.01 and np.mean(np.array(level["unequal"]) < 0.05) > 0.5
+
+
+def test_the_interval_of_a_contrast_resamples_all_three_together():
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=200)
+    first = y + rng.normal(size=200)
+    found = correlations.correlation_contrast(first, first + 0.05 * rng.normal(size=200), y)
+    assert -0.05 < found["low"] < found["difference"] < found["high"] < 0.05  # each r alone has an interval of 0.14
+    far = correlations.correlation_contrast(first, rng.normal(size=200), y)
+    assert far["low"] > 0.4 and far["difference"] == pytest.approx(0.7, abs=0.15)
+    assert np.isnan(correlations.correlation_contrast(np.ones(9), np.arange(9), np.arange(9))["p"])
+
+
+# ---- over settings
+
+
+def by_the_book(z, v):
+    """DerSimonian and Laird as in their paper, line by line."""
+    w = [1 / one for one in v]
+    fixed = sum(a * b for a, b in zip(w, z, strict=True)) / sum(w)
+    q = sum(a * (b - fixed) ** 2 for a, b in zip(w, z, strict=True))
+    tau2 = max(0, (q - len(z) + 1) / (sum(w) - sum(a * a for a in w) / sum(w)))
+    star = [1 / (one + tau2) for one in v]
+    return sum(a * b for a, b in zip(star, z, strict=True)) / sum(star), sum(star) ** -0.5, tau2, q
+
+
+def test_random_effects_are_those_of_dersimonian_and_laird():
+    r, n = [0.849, 0.887, 0.607, 0.257], np.array([1414, 320, 320, 60])
+    found = correlations.random_effects(r, correlations.fisher_variance(n))
+    mean, error, tau2, q = by_the_book(np.arctanh(r), 1 / (n - 3))
+    assert (found["r"], found["tau2"], found["cochran_q"]) == pytest.approx((np.tanh(mean), tau2, q))
+    assert (found["low"], found["high"]) == pytest.approx((np.tanh(mean - 1.959964 * error), np.tanh(mean + 1.959964 * error)))
+    wide = scipy_stats.t.ppf(0.975, 2) * np.sqrt(tau2 + error**2)
+    assert (found["predicted_low"], found["predicted_high"]) == pytest.approx((np.tanh(mean - wide), np.tanh(mean + wide)))
+    assert found["i2"] == pytest.approx(1 - 3 / q) and found["cochran_p"] == pytest.approx(scipy_stats.chi2(3).sf(q)) and found["n"] == 4
+    alike = correlations.random_effects([0.5, 0.5, 0.5], [0.01, 0.02, 0.03])
+    assert alike["tau2"] == 0 == alike["i2"] and alike["r"] == pytest.approx(0.5)
+    assert np.isnan(correlations.random_effects([0.5, 0.4], [0.01, 0.02])["predicted_low"])
+
+
+def test_random_effects_cover_the_mean_of_settings_that_differ_and_find_their_spread():
+    rng, n, settings = np.random.default_rng(5), 100, 40
+    hits, taus = [], []
+    for _ in range(200):
+        true = 0.4 + 0.3 * rng.normal(size=settings)
+        found = correlations.random_effects(np.tanh(true + rng.normal(size=settings) / np.sqrt(n - 3)), np.full(settings, 1 / (n - 3)))
+        hits.append(found["low"] < np.tanh(0.4) < found["high"])
+        taus.append(found["tau2"])
+    assert 0.90 <= np.mean(hits) <= 0.99 and np.mean(taus) == pytest.approx(0.09, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: correlations.random_effects([0.5], [0.1]), "two settings at least"),
+        (lambda: correlations.random_effects([0.5, 1.0], [0.1, 0.1]), "inside"),
+        (lambda: correlations.fisher_variance([3, 50]), "more than three"),
+    ],
+)
+def test_what_cannot_be_summarised_is_refused(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+# ---- by setting
+
+
+def published(seed=0, settings=("one", "two", "three"), strength=1.0, n=60):
+    """A table as the paper's: overlap drives similarity by `strength` in each setting, and prompt length drives both."""
+    rng, parts = np.random.default_rng(seed), []
+    for number, setting in enumerate(settings):
+        length, own = rng.normal(size=n), rng.normal(size=n)
+        columns = {"length": length, "explained_energy": own + length, "shift_cosine": strength * own + length + 0.5 * rng.normal(size=n)}
+        parts.append(pd.DataFrame({"id": named("q", n), "layer": 32, "setting": setting, "category": list("abcd") * (n // 4), **columns}))
+        parts[-1]["cosine_to_mean"] = parts[-1]["shift_cosine"] + 0.3 * rng.normal(size=n)
+        parts[-1]["shift_cosine"] += 10 * number  # settings differ in level: pooled, the correlation is another one
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_correlations_are_within_each_setting_and_length_is_taken_out():
+    table = published(strength=0.0)
+    found = by_prompt.overlap_correlations(table, covariates=["length"], by=["setting", "layer"], n_permutations=300).set_index(["setting", "metric"])
+    part = table[table["setting"] == "two"]
+    assert found.loc[("two", "pearson"), "estimate"] == pytest.approx(scipy_stats.pearsonr(part["explained_energy"], part["shift_cosine"])[0])
+    assert found.loc[("two", "spearman"), "estimate"] == pytest.approx(scipy_stats.spearmanr(part["explained_energy"], part["shift_cosine"])[0])
+    assert (found.xs("pearson", level=1)["p"] < 0.01).all() and (found.xs("partial", level=1)["p"] > 0.02).all()
+    assert (found.xs("overlap minus baseline", level=1)["high"] < 0).all() and (found.xs("overlap minus baseline", level=1)["p"] < 0.01).all()
+    there = by_prompt.overlap_correlations(published(), covariates=["length", "category"], by=["setting", "layer"], n_permutations=300)
+    assert (there[there["metric"] == "partial"]["p"] < 0.01).all() and set(there.attrs["null"]) == set(there["null"])
+    assert there.groupby("setting").size().tolist() == [5, 5, 5]
+
+
+def test_clusters_and_strata_are_used():
+    table = published(settings=("one",))
+    plain, grouped = (by_prompt.overlap_correlations(table, clusters=c, within=c, n_permutations=300) for c in (None, "category"))
+    assert np.allclose(plain["estimate"], grouped["estimate"]) and not np.allclose(plain["low"], grouped["low"])
+    assert (grouped.set_index("metric").loc["pearson", "n_clusters"]) == 4 and "inside category" in grouped.attrs["null"]["prompts permuted"]
+
+
+def test_settings_are_not_pooled_silently():
+    with pytest.raises(ValueError, match="'q0' is twice in one setting"):
+        by_prompt.overlap_correlations(published())
+    with pytest.raises(KeyError, match=r"no columns \['prompt_len'\]"):
+        by_prompt.overlap_correlations(published(settings=("one",)), covariates=["prompt_len"])
+
+
+def test_settings_are_summarised_per_layer_with_either_variance():
+    found = by_prompt.overlap_correlations(published(), covariates=["length"], by=["setting", "layer"], clusters="category", n_permutations=100)
+    r = found.loc[found["metric"] == "pearson", "estimate"]
+    summary = by_prompt.over_settings(found, by=["layer"])
+    expected = correlations.random_effects(r, np.full(3, 1 / 57))
+    row = summary.iloc[0]
+    assert (row["estimate"], row["low"], row["tau2"], row["n"]) == pytest.approx((expected["r"], expected["low"], expected["tau2"], 3))
+    assert row["layer"] == 32 and row["metric"] == "pearson over settings" and row["p"] < 0.01 and row["predicted_low"] < row["low"]
+    partial = by_prompt.over_settings(found, "partial").iloc[0]
+    own = found[found["metric"] == "partial"]
+    assert partial["estimate"] == pytest.approx(correlations.random_effects(own["estimate"], np.full(3, 1 / 56))["r"])
+    by_interval = by_prompt.over_settings(found, variance="interval", by=["layer"]).iloc[0]
+    assert by_interval["estimate"] == pytest.approx(row["estimate"], abs=0.05) and by_interval["low"] != pytest.approx(row["low"], abs=1e-4)
+    for refused, says in (({"metric": "overlap minus baseline"}, "no correlations"), ({"variance": "none"}, "unknown variance")):
+        with pytest.raises(ValueError, match=says):
+            by_prompt.over_settings(found, **refused)
+
+
+def test_a_frame_of_prompt_geometry_goes_straight_in():
+    train, before, train_shift, shift = (
+        acts(isotropic(50, 1)),
+        acts(isotropic(40, 2), category=list("abcd") * 10),
+        acts(isotropic(50, 3)),
+        acts(isotropic(40, 4)),
+    )
+    table = by_prompt.prompt_geometry(train, before, train_shift, shift)
+    found = by_prompt.overlap_correlations(table, covariates=["category", "shift_norm"], clusters="category", n_permutations=200)
+    same = shifts.overlap_similarity(train, before, train_shift, shift, clusters="category", n_permutations=200)
+    both = found.merge(same, on=["layer", "metric"])
+    assert len(both) == len(same) == 6
+    for column in ("estimate", "low", "high", "p"):
+        assert np.allclose(both[f"{column}_x"], both[f"{column}_y"])
+    assert (found["p"] > 0.01).all()
