@@ -382,6 +382,6 @@ drawn = everything.assign(r=everything["estimate"].fillna(everything["linear_r"]
 drawn = labelled(drawn.assign(pair=drawn["x"].map(WORDS) + " with " + drawn["y"].map(WORDS))).sort_values(["x", "y", "pca_k"], kind="stable")
 axis = "components of the shift: share of variance (recomputed), number (as printed)"
 figure = plots.scatter(drawn, "components", "r", color="place", facet="pair", text="setting", x_title=axis)
-figure.update_xaxes(categoryorder="array", categoryarray=list(dict.fromkeys(drawn.sort_values("pca_k")["components"])))
+figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(dict.fromkeys(drawn.sort_values("pca_k")["components"])))
 title = f"{len(everything)} correlations of the scatter figures: {len(redone)} recomputed, {len(everything) - len(redone)} as printed"
 write(figure, recomputed, "correlations", title, attrs=recomputed.attrs, checks=checks)

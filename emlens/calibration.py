@@ -86,6 +86,10 @@ def rejection_rates(worlds: Sequence[str] = tuple(WORLDS), n_seeds: int = 500, l
 
     settings: of `p_values` (the sizes of the sets, d_model, k, the power of the spectrum, draws). At a null's own hypothesis the
     rate is `level`; elsewhere it is power, or what the null does not ask.
+
+    At the default sizes, seeds 0 to 499: own hypotheses 0.050 (isotropic), 0.056 (covariance), 0.054 (reference), 0.036 (labels). Power
+    where a tenth, a fifth and two fifths of the variance are a's: covariance 0.18, 0.44, 0.82, an Activations 0.19, 0.49, 0.91;
+    "isotropic" rejects all of it, and the reference population itself, every time.
     """
     rates = {world: (p_values(world, n_seeds, **settings) <= level).mean() for world in worlds}
     return pd.DataFrame(rates).T.rename_axis(index="world", columns="null")

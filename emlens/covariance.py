@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .measures import Measure
+from .nulls import wishart
 from .subspaces import arcsine, common_coordinates, from_arcsine, leading_eigenvectors
 
 
@@ -59,16 +60,6 @@ def population(reference: Float[np.ndarray, "prompt coordinate"], basis: Float[n
     return Population(spread, axes.T @ columns[: basis.shape[1]].T, shrinkage * variance, d_model - len(spread))
 
 
-def wishart(degrees: int, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
-    """Z^T Z of a degrees x size matrix Z of standard normal numbers; of its Bartlett factor where that has fewer (Muirhead 1982,
-    theorem 3.2.14)."""
-    if degrees < size:
-        root = rng.standard_normal((degrees, size)).T
-    else:
-        root = np.tril(rng.standard_normal((size, size)), -1) + np.diag(np.sqrt(rng.chisquare(degrees - np.arange(size))))
-    return root @ root.T
-
-
 def sampled_overlaps(
     populations: Sequence[Population], n: int, sizes: Sequence[int], measure: Measure, n_draws: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draws layer"]:
@@ -79,9 +70,9 @@ def sampled_overlaps(
     out = np.empty((n_draws, len(populations)))
     for draw in out:
         if others:
-            rows, beyond = rng.standard_normal((n - 1, n_axes)), wishart(others, n - 1, rng)
+            rows, beyond = rng.standard_normal((n - 1, n_axes)), wishart(others, n - 1, 1, rng)[0]
         else:
-            scatter = wishart(n - 1, n_axes, rng)
+            scatter = wishart(n - 1, n_axes, 1, rng)[0]
         for i, (one, k) in enumerate(zip(populations, sizes, strict=True)):
             if others:
                 inside = rows * one.spread

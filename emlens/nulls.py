@@ -20,7 +20,7 @@ from .subspaces import Sample, unit_rows
 DESCRIPTIONS: dict[str, dict[str, str]] = {
     "isotropic subspace": {
         "hypothesis": "one of the two subspaces is uniformly random; almost any shared structure rejects it",
-        "generator": "QR of d_model x k standard normal numbers for one side, the other side as it is",
+        "generator": "the span of d_model x k standard normal numbers for one side, the same for all layers; the other side as it is",
         "tail": "greater",
     },
     "covariance": {
@@ -161,16 +161,48 @@ def isotropic_overlaps(
     of_inner = measure_named(measure).of_inner
     if of_inner is None:
         raise ValueError(f"{measure} does not compare two subspaces: it has no draws of this kind")
-    d_model, ends = len(bases[0]), np.cumsum([0, *(basis.shape[1] for basis in bases)])
+    ends = np.cumsum([0, *(basis.shape[1] for basis in bases)])
     sizes = np.diff(ends) if dimensions is None else np.asarray(dimensions)
-    joined = np.concatenate(list(bases), axis=1)
     draws = []
-    for subspaces in _random_subspaces_in_parts(d_model, int(sizes.max()), n_draws, seed):
-        rows = rearrange(subspaces, "draws d_model j -> (draws j) d_model") @ joined
-        inner = rearrange(rows, "(draws j) columns -> draws j columns", draws=len(subspaces))
+    for inner in _random_products(np.concatenate(list(bases), axis=1), int(sizes.max()), n_draws, seed):
         parts = zip(sizes, ends[:-1], ends[1:], strict=True)
         draws.append(np.stack([of_inner(inner[:, :size, start:end]) for size, start, end in parts], axis=1))
     return np.concatenate(draws)
+
+
+def _random_products(
+    joined: Float[np.ndarray, "d_model column"], k: int, n_draws: int, seed: int | np.random.Generator
+) -> Iterator[Float[np.ndarray, "draws k column"]]:
+    """V^T times fixed columns, V the bases of random k-dimensional subspaces, some draws at a time.
+
+    V = G C^-T with G standard normal and C the Cholesky factor of G^T G. Of G only the part N in the r-dimensional span of the columns
+    is drawn: G^T G = N^T N + a Wishart matrix of d_model - r degrees of freedom. Columns that fill the space: `random_subspaces`.
+    """
+    d_model, n_columns = joined.shape
+    if n_columns >= d_model:
+        for subspaces in _random_subspaces_in_parts(d_model, k, n_draws, seed):
+            rows = rearrange(subspaces, "draws d_model j -> (draws j) d_model") @ joined
+            yield rearrange(rows, "(draws j) columns -> draws j columns", j=k)
+        return
+    if k > d_model:
+        raise ValueError(f"a subspace of {k} dimensions does not fit {d_model}: choose k from 1 to {d_model}")
+    rng, along = np.random.default_rng(seed), np.linalg.qr(joined, mode="r")
+    for count in chunks(n_draws, n_columns * k):
+        inside = rng.standard_normal((count, k, n_columns))
+        gram = inside @ rearrange(inside, "draws j columns -> draws columns j") + wishart(d_model - n_columns, k, count, rng)
+        yield np.linalg.inv(np.linalg.cholesky(gram)) @ (inside @ along)
+
+
+def wishart(degrees: int, size: int, n_draws: int, seed: int | np.random.Generator) -> Float[np.ndarray, "draws size size"]:
+    """Z^T Z of `n_draws` degrees x size matrices Z of standard normal numbers; of their Bartlett factors where those have fewer
+    (Muirhead 1982, theorem 3.2.14)."""
+    rng = np.random.default_rng(seed)
+    if degrees < size:
+        root = rng.standard_normal((n_draws, size, degrees))
+    else:
+        root = np.tril(rng.standard_normal((n_draws, size, size)), -1)
+        root[:, np.arange(size), np.arange(size)] = np.sqrt(rng.chisquare(degrees - np.arange(size), (n_draws, size)))
+    return root @ rearrange(root, "draws size degrees -> draws degrees size")
 
 
 def isotropic_fractions(

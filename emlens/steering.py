@@ -62,11 +62,12 @@ def dose_response(
     """
     if judge is not None:
         raise ValueError("dose_response reads the margin; pass judge=None and questions with contrast answers")
-    drawn = {NULL: (UNIFORM, random_directions(direction, controls, seed))}
-    if reference is not None:
-        drawn[MATCHED] = (f"drawn from the covariance of {reference.n_prompts} activations", random_directions(direction, controls, seed, reference))
-    arms = {"direction": direction} | {f"{null} {i}": d for null, (_, several) in drawn.items() for i, d in enumerate(several)}
     doses, places = list(strengths), list(layers)
+    drawn = {NULL: (UNIFORM, random_directions(direction, controls, seed))}
+    if reference is not None and places:
+        here = Direction(np.stack([direction.layer(i) for i in places]), tuple(places), direction.site, direction.name, direction.meta)
+        drawn[MATCHED] = (f"drawn from the covariance of {reference.n_prompts} activations", random_directions(here, controls, seed, reference))
+    arms = {"direction": direction} | {f"{null} {i}": d for null, (_, several) in drawn.items() for i, d in enumerate(several)}
     margins = steered_margins(model, arms, questions, places, doses, adapter=adapter, precision=precision)
     meter = Meter(model, neutral_texts() if texts is None else load_prompts(texts), adapter, new_tokens)
     damage = _along(model, arms, places, doses, meter.read).assign(category="")

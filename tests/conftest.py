@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread, also in what the tests start: tiny models lose more to threads that wait for one another than they gain."""
     if config.option.markexpr == "not slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        threadpool_limits(1)  # of numpy, which is there already: a plugin of jaxtyping's imports it
 
 
 @pytest.fixture(scope="module", autouse=True)

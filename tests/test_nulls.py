@@ -30,23 +30,39 @@ def test_random_vectors_have_their_length_and_the_cosines_of_a_sphere():
     assert scipy_stats.kstest(squares, scipy_stats.beta(1 / 2, 15 / 2).cdf).pvalue > 0.01
 
 
+def plain_loop(bases, subspaces, dimensions):
+    """Mean cosines, draw by draw and layer by layer."""
+    return np.array([[np.linalg.svd(u.T @ v[:, :m], compute_uv=False).mean() for u, m in zip(bases, dimensions, strict=True)] for v in subspaces])
+
+
 def test_isotropic_overlaps_equal_a_plain_loop_over_the_same_subspaces():
-    bases = nulls.random_subspaces(15, 2, 3, seed=3)  # three "layers"
-    fast = nulls.isotropic_overlaps(bases, 7, seed=4)
+    """Layers that fill the space: their overlaps with `random_subspaces` of that seed."""
+    bases = nulls.random_subspaces(15, 2, 8, seed=3)  # eight "layers"
     subspaces = nulls.random_subspaces(15, 2, 7, seed=4)
     slow = [[((u.T @ v) ** 2).sum() / 2 for u in bases] for v in subspaces]
-    assert np.allclose(fast, slow, atol=1e-12)
+    assert np.allclose(nulls.isotropic_overlaps(bases, 7, seed=4), slow, atol=1e-12)
+    sizes = [3, 1] * 4
+    ours = nulls.isotropic_overlaps(list(bases), 6, 4, "mean_cos", dimensions=sizes)
+    assert np.allclose(ours, plain_loop(bases, nulls.random_subspaces(15, 3, 6, seed=4), sizes), atol=1e-12)
     assert np.allclose(nulls.isotropic_overlaps(bases, 4000, seed=5).mean(axis=0), 2 / 15, atol=0.005)
-
-
-def test_isotropic_overlaps_of_other_measures_and_unequal_sizes_equal_a_plain_loop():
-    bases = [nulls.random_subspaces(15, k, 1, seed=k)[0] for k in (2, 4)]
-    fast = nulls.isotropic_overlaps(bases, 6, 4, "mean_cos", dimensions=[3, 1])
-    subspaces = nulls.random_subspaces(15, 3, 6, seed=4)
-    slow = [[np.linalg.svd(u.T @ v[:, :m], compute_uv=False).mean() for u, m in zip(bases, (3, 1), strict=True)] for v in subspaces]
-    assert np.allclose(fast, slow, atol=1e-12)
     with pytest.raises(ValueError, match="linear_cka does not compare two subspaces"):
         nulls.isotropic_overlaps(bases, 2, 0, "linear_cka")
+
+
+@pytest.mark.parametrize("d", [9, 30])
+def test_isotropic_overlaps_drawn_in_the_span_of_the_layers_are_distributed_as_those_of_whole_subspaces(d):
+    """Few layers: neither each layer alone nor two together (one random subspace for all) can be told from a plain loop; 9 dimensions
+    leave fewer outside the span than a subspace has."""
+    one, other = nulls.random_subspaces(d, 2, 2, seed=1)
+    bases, sizes = [one, np.linalg.qr(one + 0.3 * other)[0], nulls.random_subspaces(d, 4, 1, seed=2)[0]], [2, 2, 3]
+    fast = nulls.isotropic_overlaps(bases, 1500, 3, "mean_cos", sizes)
+    slow = plain_loop(bases, nulls.random_subspaces(d, 3, 1500, seed=4), sizes)
+    for i in range(3):
+        assert scipy_stats.ks_2samp(fast[:, i], slow[:, i]).pvalue > 0.01
+    assert np.allclose(np.corrcoef(fast.T), np.corrcoef(slow.T), atol=0.1) and np.corrcoef(fast.T)[0, 1] > 0.5
+    assert scipy_stats.ks_2samp(fast[:, 2], plain_loop(bases, nulls.random_subspaces(d + 2, 3, 1500, 4)[:, :d], sizes)[:, 2]).pvalue < 0.01
+    with pytest.raises(ValueError, match="11 dimensions does not fit 9|31 dimensions does not fit 30"):
+        nulls.isotropic_overlaps(bases, 2, 0, dimensions=[11 if d == 9 else 31] * 3)
 
 
 def test_isotropic_similarities_draw_a_direction_before_they_average_over_prompts():
@@ -95,7 +111,7 @@ def test_shrinkage_is_that_of_sklearn_in_any_coordinates(shape):
 @pytest.mark.parametrize("degrees", [3, 8, 30])
 def test_wishart_matrices_have_the_moments_of_scipys(degrees):
     rng, size = np.random.default_rng(0), 5
-    draws = np.stack([covariance.wishart(degrees, size, rng) for _ in range(4000)])
+    draws = nulls.wishart(degrees, size, 4000, rng)
     assert np.allclose(draws.mean(axis=0), degrees * np.eye(size), atol=0.35 * np.sqrt(degrees / 8))
     variances = draws.var(axis=0)
     assert np.allclose(variances[np.eye(size) == 1], 2 * degrees, rtol=0.15) and np.allclose(variances[np.eye(size) == 0], degrees, rtol=0.15)

@@ -168,7 +168,7 @@ def test_scores_are_those_of_the_targets_upper_blocks(family: str, chats: pd.Dat
     ("family", "position"), [("llama", "all"), ("llama", "last"), ("llama", "mean_all"), ("llama", -2), ("gpt2", "all"), ("gpt2", "last")]
 )
 def test_generated_text_is_that_of_whole_patched_passes(family: str, position: Any, chats: pd.DataFrame) -> None:
-    model = tuned(family)
+    model, chats = tuned(family), chats.head(3)
     with model.patch("bad", 1, position=position):
         found = model.generate(chats, adapter="sound", max_new_tokens=8)["answer"].tolist()
     want = []

@@ -6,11 +6,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.linear_model import Ridge
+import scikit
 from sklearn.metrics import r2_score
-from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from emlens import prediction, ridge, stats
 from emlens.activations import Activations
@@ -37,14 +34,8 @@ def shuffled_within(acts, seed=0):
 
 
 def pooled_by_scikit(x, y, groups, penalties):
-    """Leave-one-group-out inside leave-one-group-out, as anyone would write it."""
-    found = np.empty(len(y))
-    for train, test in LeaveOneGroupOut().split(x, y, groups):
-        cv = list(LeaveOneGroupOut().split(x[train], y[train], groups[train]))
-        model = make_pipeline(StandardScaler(), Ridge())
-        search = GridSearchCV(model, {"ridge__alpha": list(penalties)}, scoring="neg_mean_squared_error", cv=cv)
-        found[test] = search.fit(x[train], y[train]).predict(x[test])
-    return found
+    """Leave-one-group-out inside leave-one-group-out, as anyone would write it; y of one target or ``[row, target]``."""
+    return scikit.nested(x, y.reshape(len(y), -1), scikit.leave_one_group_out(groups), penalties)[0].reshape(y.shape)
 
 
 def test_contract_one_row_per_layer_of_pooled_r2():
@@ -77,7 +68,9 @@ def test_permutation_p_equals_brute_force():
     table = predict(acts, "score", groups="category", baselines=(), n_permutations=29, penalties=(1.0, 10.0), seed=5)
     orders = stats.permutations(12, 29, 5, within=groups)
     x = acts.values.astype(np.float64)
-    brute = np.array([[r2_score(z, pooled_by_scikit(x[:, i], z, groups, (1.0, 10.0))) for i in (0, 1)] for z in (y, *y[orders])])
+    targets = np.column_stack([y, *y[orders]])
+    found = (pooled_by_scikit(x[:, i], targets, groups, (1.0, 10.0)) for i in (0, 1))
+    brute = np.column_stack([r2_score(targets, layer, multioutput="raw_values") for layer in found])
     p = [(1 + (brute[1:, i] >= brute[0, i]).sum()) / 30 for i in (0, 1)]
     q = [(1 + (brute[1:].max(axis=1) >= brute[0, i]).sum()) / 30 for i in (0, 1)]
     assert table["p"].tolist() == pytest.approx(p) and table["q"].tolist() == pytest.approx(q)
@@ -153,7 +146,12 @@ def test_interval_is_the_bootstrap_of_whole_groups():
     y, groups = acts.facts["score"].to_numpy(), acts.facts["category"].to_numpy()
     found = pooled_by_scikit(acts.layer(1).astype(float), y, groups, SOME)
     both = np.column_stack([y, found])
-    low, high = stats.bootstrap_interval(both, lambda rows: r2_score(rows[:, 0], rows[:, 1]), clusters=groups, n_boot=2000, seed=0)
+
+    def r2(rows):
+        return 1 - np.square(rows[:, 0] - rows[:, 1]).sum() / np.square(rows[:, 0] - rows[:, 0].mean()).sum()
+
+    low, high = stats.bootstrap_interval(both, r2, clusters=groups, n_boot=2000, seed=0)
+    assert r2(both) == pytest.approx(r2_score(y, found))
     row = table[(table["layer"] == 1) & (table["metric"] == "r2")].iloc[0]
     assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-6)
     ranks = predict(acts, "score", groups="category", baselines=(), metrics=("spearman",), n_permutations=5, penalties=SOME).iloc[1]

@@ -598,8 +598,9 @@ def test_a_cost_that_nobody_recorded_is_said_to_be_unknown(small):
     assert "come to 292 s (2 of them did not note theirs)" in card(replace(small, tables={**small.tables, "pieces": pieces}))
 
 
-def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, page, nothing):
-    sound, broken = (path.read_text(encoding="utf-8") for path in (effect / "report.html", report.build(nothing)))
+def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, page, tmp_path):
+    of_nothing = report.build(fake_run.write(tmp_path, effect=False, n_layers=2, per_category=2))
+    sound, broken = (path.read_text(encoding="utf-8") for path in (effect / "report.html", of_nothing))
     assert '<details id="certificate"><summary>Certificate: of 3 laws asked of this model, money-bad linear seed 0 on, 2 hold, 0 are broken' in sound
     assert '<details id="certificate" open><summary>' in broken and "1 hold, 1 is broken" in broken
     told = broken.partition('id="certificate"')[2].partition("</details>")[0]

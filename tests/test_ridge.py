@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import scikit
 from scipy import stats as scipy_stats
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score, root_mean_squared_error
-from sklearn.model_selection import GridSearchCV, KFold, LeaveOneGroupOut
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -18,11 +19,7 @@ PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 def leave_one_group_out(groups):
-    folds = []
-    for train, test in LeaveOneGroupOut().split(groups, groups=groups):
-        inner = LeaveOneGroupOut().split(train, groups=groups[train])
-        folds.append(Fold(train, test, tuple((train[a], train[b]) for a, b in inner)))
-    return folds
+    return [Fold(*fold) for fold in scikit.leave_one_group_out(groups)]
 
 
 def shuffled(n, seed=0):
@@ -31,19 +28,6 @@ def shuffled(n, seed=0):
         inner = KFold(3, shuffle=True, random_state=seed).split(train)
         folds.append(Fold(train, test, tuple((train[a], train[b]) for a, b in inner)))
     return folds
-
-
-def by_scikit(x, y, folds, penalties):
-    predictions, chosen = np.empty(len(y)), []
-    for train, test, inner in folds:
-        where = {row: i for i, row in enumerate(train)}
-        cv = [([where[r] for r in a], [where[r] for r in b]) for a, b in inner]
-        grid = {"ridge__alpha": list(penalties)}
-        search = GridSearchCV(make_pipeline(StandardScaler(), Ridge()), grid, scoring="neg_mean_squared_error", cv=cv)
-        search.fit(x[train], y[train])
-        predictions[test] = search.predict(x[test])
-        chosen.append(search.best_params_["ridge__alpha"])
-    return predictions, chosen
 
 
 def table(seed, n, d, n_targets):
@@ -62,11 +46,23 @@ def test_equals_scikit_learn(d, kind):
     unequal = np.repeat(np.arange(5), [3, 4, 6, 9, 18])[np.random.default_rng(0).permutation(n)]
     folds = leave_one_group_out(unequal) if kind == "grouped" else shuffled(n)
     found = nested_ridge(fixed(x), y, folds, PENALTIES)
-    for target in range(y.shape[1]):
-        predictions, chosen = by_scikit(x, y[:, target], folds, PENALTIES)
-        assert found.penalties[:, target].tolist() == chosen
-        np.testing.assert_allclose(found.predictions[:, target], predictions, rtol=0, atol=1e-8)
+    predictions, chosen = scikit.nested(x, y, folds, PENALTIES)
+    assert found.penalties.tolist() == chosen.tolist()
+    np.testing.assert_allclose(found.predictions, predictions, rtol=0, atol=1e-8)
     assert len(np.unique(found.penalties)) > 1, "the case should make the folds choose"
+
+
+def test_what_is_written_out_is_scikit_learns_grid_search():
+    x, y = table(1, 40, 8, 1)
+    folds = shuffled(40)
+    predictions, chosen = scikit.nested(x, y, folds, PENALTIES)
+    for fold, (train, test, inner) in enumerate(folds):
+        where = {row: i for i, row in enumerate(train)}
+        cv = [([where[r] for r in a], [where[r] for r in b]) for a, b in inner]
+        grid = {"ridge__alpha": list(PENALTIES)}
+        search = GridSearchCV(make_pipeline(StandardScaler(), Ridge()), grid, scoring="neg_mean_squared_error", cv=cv).fit(x[train], y[train, 0])
+        assert search.best_params_["ridge__alpha"] == chosen[fold, 0]
+        np.testing.assert_allclose(search.predict(x[test]), predictions[test, 0], atol=1e-10)
 
 
 def test_float32_activations_are_computed_in_float64():
@@ -74,7 +70,7 @@ def test_float32_activations_are_computed_in_float64():
     folds = shuffled(40)
     narrow = x.astype(np.float32)
     found = nested_ridge(fixed(narrow), y, folds, PENALTIES).predictions[:, 0]
-    np.testing.assert_allclose(found, by_scikit(narrow.astype(np.float64), y[:, 0], folds, PENALTIES)[0], atol=1e-8)
+    np.testing.assert_allclose(found, scikit.nested(narrow.astype(np.float64), y, folds, PENALTIES)[0][:, 0], atol=1e-8)
 
 
 def test_targets_do_not_touch_each_other():
@@ -125,12 +121,11 @@ def test_residuals_are_out_of_fold_in_test_and_in_training_rows():
     x, y = table(7, 40, 3, 1)
     folds = leave_one_group_out(np.repeat(np.arange(5), 8))
     left = ridge.residuals(fixed(x), y[:, 0], folds, PENALTIES)
-    predictions, chosen = by_scikit(x, y[:, 0], folds, PENALTIES)
+    predictions, chosen = scikit.nested(x, y, folds, PENALTIES)
     for f, fold in enumerate(folds):
-        np.testing.assert_allclose(left[f, fold.test], (y[:, 0] - predictions)[fold.test], atol=1e-8)
+        np.testing.assert_allclose(left[f, fold.test], (y - predictions)[fold.test, 0], atol=1e-8)
         for train, test in fold.inner:
-            model = make_pipeline(StandardScaler(), Ridge(alpha=chosen[f])).fit(x[train], y[train, 0])
-            np.testing.assert_allclose(left[f, test], y[test, 0] - model.predict(x[test]), atol=1e-8)
+            np.testing.assert_allclose(left[f, test], (y[test] - scikit.predicted(x, y, train, test, chosen[f])[0])[:, 0], atol=1e-8)
 
 
 def test_stacked_gain_is_the_fall_of_the_pooled_error():
@@ -141,10 +136,10 @@ def test_stacked_gain_is_the_fall_of_the_pooled_error():
     left = ridge.residuals(fixed(text), y, folds, PENALTIES)
     gain, fall = ridge.stacked_gain(fixed(x), left, np.arange(40)[None], y, folds, PENALTIES)
     first, stacked = np.empty(40), np.empty(40)
+    second, _ = scikit.nested(x, left.T, folds, PENALTIES)
     for f, fold in enumerate(folds):
-        second, _ = by_scikit(x, left[f], folds, PENALTIES)
         first[fold.test] = y[fold.test] - left[f, fold.test]
-        stacked[fold.test] = first[fold.test] + second[fold.test]
+        stacked[fold.test] = first[fold.test] + second[fold.test, f]
     assert gain[0] == pytest.approx(r2_score(y, stacked) - r2_score(y, first), abs=1e-8)
     assert fall.sum() / np.square(y - y.mean()).sum() == pytest.approx(gain[0])
 

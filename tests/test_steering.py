@@ -101,7 +101,7 @@ def test_among_too_few_random_directions_there_is_no_test() -> None:
 def test_dose_response_on_a_model() -> None:
     model, questions = tiny.tiny_model("llama"), contrast(4)
     direction, texts = random_direction(model), tiny.tiny_chats(3)
-    ask: dict[str, Any] = {"controls": 3, "seed": 4, "texts": texts, "reference": model.record(tiny.tiny_chats(12))}
+    ask: dict[str, Any] = {"controls": 3, "seed": 4, "texts": texts, "reference": model.record(tiny.tiny_chats(12), layers=[3, 1])}
     table = steering.dose_response(model, direction, questions, [1, 3], [-0.5, 0.0, 0.5], **ask)
     assert list(table.columns) == ["layer", "strength", *COLUMNS, "n_clusters"]
     assert table.groupby(["metric", "null"]).size().to_dict() == {
