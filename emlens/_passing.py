@@ -128,9 +128,7 @@ class Whereabouts:
 
         def at_chosen(h: Tensor) -> Tensor:
             if self.chosen is None:
-                raise RuntimeError(
-                    "an edit at some positions is open and the blocks ran without their decoder: which tokens they held is not known"
-                )
+                raise RuntimeError("an edit at some positions is open and the blocks ran without their decoder: which tokens they held is not known")
             return torch.where(self.chosen.to(h.device)[..., None], edit(h), h)
 
         return at_chosen

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, also in what the tests start: tiny models lose more to threads that wait for one another than they gain."""
+    gc.disable()  # while the tests are collected: imports make a million objects and no garbage
     if config.option.markexpr == "not slow":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         threadpool_limits(1)  # of numpy, which is there already: a plugin of jaxtyping's imports it
 
 
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def settled() -> None:
-    """Spare the garbage collector what is there already: a tuning collects by hand, each time over a million objects of the imports."""
+    """Spare the garbage collector what is there already: a tuning collects by hand, each time over all that the imports made."""
     gc.freeze()
 
 
