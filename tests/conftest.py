@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.enable()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"activations", "prompts", "store"},
     "attribution": {"_sides", "stats", "activations"},
     "measures": {"subspaces"},
-    "covariance": {"measures", "subspaces"},
+    "covariance": {"measures", "nulls", "subspaces"},
     "correlations": {"resampling", "stats"},
     "presets": set(),
     "nulls": {"measures", "resampling", "stats", "subspaces"},
