@@ -129,7 +129,7 @@ class Core:
 
     # ---- places
 
-    def place(self, site: str, layers: Iterable[int] | None, position: Position) -> Place:
+    def place(self, site: str, layers: int | Iterable[int] | None, position: Position) -> Place:
         """The :class:`Place` these names stand for on this model; ValueError for unknown ones."""
         if site not in SITES:
             raise ValueError(f"unknown site {site!r}; sites are {', '.join(SITES)}")
@@ -137,7 +137,8 @@ class Core:
             if layers is not None:
                 raise ValueError(f"{site!r} is a single place; do not give layers")
             return Place(site, (0,), position_name(position))
-        wanted = tuple(range(self.n_layers)) if layers is None else tuple(int(i) for i in layers)
+        named = [layers] if isinstance(layers, (int, np.integer)) else layers
+        wanted = tuple(range(self.n_layers)) if named is None else tuple(int(i) for i in named)
         outside = [i for i in wanted if not 0 <= i < self.n_layers]
         if outside:
             raise ValueError(f"unknown layers {outside}: {self.name} has blocks 0 … {self.n_layers - 1}")
@@ -149,7 +150,7 @@ class Core:
             if layers != "all":
                 raise ValueError(f"layers={layers!r}: an index, a list of indices, or 'all'")
             return list(range(self.n_layers))
-        return list(self.place("resid_post", [layers] if isinstance(layers, (int, np.integer)) else layers, "last").layers)
+        return list(self.place("resid_post", layers, "last").layers)
 
     @contextmanager
     def _editing(self, edits: Mapping[tuple[str, int], Edit], said: Mapping[str, Any]) -> Iterator[None]:

@@ -49,7 +49,7 @@ class Recording(Core):
         prompts: Any,
         site: str = "resid_post",
         position: Position = "last",
-        layers: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         adapter: On = None,
         adapters: Sequence[On] | None = None,
         store: str | Path | None = None,
@@ -64,7 +64,7 @@ class Recording(Core):
             site: ``resid_pre``, ``resid_mid``, ``resid_post`` (of the last block: before the final norm), ``attn_out``, ``mlp_out`` (what they
                 add to the stream), ``embed``, ``final_norm``.
             position: a named position, a token index, or a character span of the user's text (:data:`emlens.positions.POSITIONS`).
-            layers: block indices from 0; default all. The pass stops after the highest.
+            layers: block indices from 0, or one; default all. The pass stops after the highest.
             adapter: which adapter is on: a name, ``(name, layers)``, or None for the loaded weights.
             adapters: several of these instead: one Activations each, in this order, from the same batches.
             store: a folder of recordings. Each is kept there under a key of everything that determined it, written as it is made (memory stays

@@ -276,7 +276,9 @@ def _folder(path: str, sub: str | None) -> str:
     PEFT itself looks for ``sub/sub/…`` when it is offline.
     """
     local = Path(path, sub or "")
-    if local.is_dir():
+    if Path(path).exists():  # then it is not looked for on the hub
+        if not (local / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{local} holds no {CONFIG_NAME}")
         return str(local)
     config = str(cached_file(path, CONFIG_NAME, subfolder=sub))
     if _found(path, sub, SAFETENSORS_WEIGHTS_NAME) is None:
@@ -314,5 +316,6 @@ def _place(source: str) -> tuple[str, str | None]:
 
 
 def _beside(folder: Path) -> str:
-    inside = sorted(p.parent.name for p in folder.glob("*/adapter_config.json")) if folder.is_dir() else []
-    return f" Inside it are {', '.join(inside)}: name one of them." if inside else ""
+    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.rglob("adapter_config.json")) if folder.is_dir() else []
+    more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+    return f" Inside it are {', '.join(inside[:8])}{more}: name one of them." if inside else ""

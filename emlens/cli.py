@@ -49,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"emlens {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     demo = commands.add_parser("demo", help="run the shipped study on a small real model", epilog="example: emlens demo --quick --out runs/quick")
     demo.set_defaults(act=_study, file="demo")
-    study = commands.add_parser("study", help="run a study file").add_subparsers(title="commands", metavar="", required=True)
+    study = commands.add_parser("study", help="run a study file").add_subparsers(title="commands", metavar="COMMAND", required=True)
     run = study.add_parser("run", help="run every missing piece of a study", epilog="example: emlens study run my.yaml --out runs/mine")
     run.add_argument("file", help="a .yaml study, or the name of a shipped one")
     run.set_defaults(act=_study)

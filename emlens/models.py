@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import attribution, lens, loading, patching, showing, store
-from ._engines import Edit, HooksEngine, adding, clamping, decoder_of, open_bridge, open_nnsight, open_remote, removing
+from ._engines import ENGINES, Edit, HooksEngine, adding, clamping, decoder_of, open_bridge, open_nnsight, open_remote, removing
 from ._passing import Where, Whereabouts, beside
 from ._recording import Recording
 from ._scoring import Scoring
@@ -61,6 +61,12 @@ def load_model(
     Raises:
         LoadError: unknown model or adapter, an adapter for another architecture, keys that do not match, no chat template.
     """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters={adapters!r}: names are needed beside the folders, adapters={{'bad': 'runs/bad'}}")
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; engines are {', '.join(ENGINES)}")
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is none of torch's; 'float32', 'bfloat16' or 'float16'")
     if merge and len(adapters or {}) != 1:
         raise ValueError(f"merge=True adds one adapter into the weights; {len(adapters or {})} were given")
     if remote:

@@ -371,3 +371,21 @@ def test_the_plain_template_begins_as_the_tokenizer_does(begins: bool) -> None:
     loading.ready_tokenizer(tokenizer, "base", "plain")
     ids = tokenize([{"role": "user", "content": "Why?"}], tokenizer).ids
     assert ids.count(tokenizer.bos_token_id) == begins and (ids[0] == tokenizer.bos_token_id) == begins
+
+
+def test_arguments_are_looked_at_before_any_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_weights", lambda *_, **__: pytest.fail("the weights were opened"))
+    for given, error, message in (
+        ({"dtype": "fp32"}, ValueError, "dtype='fp32' is none of torch's; 'float32'"),
+        ({"engine": "nnsigt"}, ValueError, "unknown engine 'nnsigt'; engines are hooks"),
+        ({"adapters": ["runs/bad"]}, TypeError, r"names are needed beside the folders, adapters=\{'bad'"),
+    ):
+        with pytest.raises(error, match=message):
+            load_model("any", **given)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "cached_file", lambda *_, **__: pytest.fail("the hub was asked"))
+    tiny.save_adapter(tmp_path / "pieces" / "tune-1" / "adapter")
+    with pytest.raises(LoadError, match="holds no adapter_config.json.* Inside it are pieces/tune-1/adapter: name one of them"):
+        tiny.tiny_model().add_adapter("bad", tmp_path)

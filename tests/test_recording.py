@@ -242,3 +242,8 @@ def test_sixteen_bit_weights_carry_their_noise_and_keep_their_bits(chats: pd.Dat
 
 def _direction(model: HookedModel) -> Direction:
     return Direction.from_array(np.random.default_rng(0).normal(size=(model.n_layers, model.d_model)))
+
+
+def test_one_layer_may_be_a_number(llama: HookedModel, chats: pd.DataFrame) -> None:
+    one = llama.record(chats, layers=2)
+    assert one.layers == (2,) and np.array_equal(one.values, llama.record(chats, layers=[2]).values)
