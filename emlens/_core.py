@@ -105,8 +105,6 @@ class Core:
         """Put a PEFT adapter on the loaded weights; its keys must match one to one, else nothing is changed (:class:`loading.LoadError`)."""
         if name in self.adapters:
             raise ValueError(f"an adapter {name!r} is loaded already; drop_adapter({name!r}) first, or choose another name")
-        if "." in name or not name:
-            raise ValueError(f"adapter name {name!r}: PEFT allows no dots and no empty name")
         self.adapters.add(name, source)
         self._modules_changed()
 

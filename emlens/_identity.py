@@ -21,6 +21,30 @@ def label(meta: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(_variant(part) for part in meta.get("parts", [])))
 
 
+def shown(meta: Mapping[str, Any]) -> str:
+    """What a table of activations says of itself: the model, and the variant recorded or the variants subtracted."""
+    said = label(meta)
+    if "variants" in meta:
+        model = meta.get("model")
+        return f"{model} · {said}" if model and "model" not in meta.get("before", {}) and str(model) not in said else said
+    parts = [{**meta, **part} for part in meta.get("parts", [{}])]
+    variants = list(dict.fromkeys(_recorded(part) for part in parts if "adapter" in part and "variants" not in part))
+    return " · ".join([*([said] if "model" in meta or not variants else []), *([", ".join(variants)] if variants else [])])
+
+
+def _recorded(meta: Mapping[str, Any]) -> str:
+    """``loaded weights``, or ``adapter bad``."""
+    said = _variant(meta)
+    return f"adapter {said}" if meta["adapter"] else said.replace("before", "loaded weights", 1)
+
+
+def is_shift(meta: Mapping[str, Any]) -> bool | None:
+    """True of a difference, False of what a model recorded, None of what nobody said anything of (and of both together)."""
+    parts = [{**meta, **part} for part in meta.get("parts", [{}])]
+    told = {True if "variants" in part else False if "prompts_sha256" in part else None for part in parts}
+    return told.pop() if len(told) == 1 else None
+
+
 def _variant(meta: Mapping[str, Any], model: bool = False, weights: bool = False) -> str:
     """``before``, an adapter's name and layers, or a difference of such; with the model's name, and its weights, where those tell two apart."""
     if "variants" in meta:
@@ -59,7 +83,8 @@ def difference(after: Mapping[str, Any], before: Mapping[str, Any], layers: Sequ
     out = {k: v for k, v in after.items() if k not in (NOISE, "variants", "before")}
     apart = (NOISE, "variants", "before", "prompts_sha256", "plan")
     other = {k: before.get(k) for k in {**after, **before} if k not in apart and before.get(k) != after.get(k)}
-    out["variants"] = [_variant(side, models, models and same_name) for side in (after, before)]
+    named = any(key in side for side in (after, before) for key in ("model", "adapter", "edits", "variants", "parts"))
+    out["variants"] = [_variant(side, models, models and same_name) for side in (after, before)] if named else ["after", "before"]
     if other:
         out["before"] = other
     floors = [side.get(NOISE, {}) for side in (after, before)]

@@ -29,6 +29,13 @@ def check_same_place(a: Activations, b: Activations) -> None:
         raise ValueError(f"side {' and '.join(empty)} holds no prompt (a: {a.n_prompts}, b: {b.n_prompts}): loosen the condition that chose them")
 
 
+def check_shifts(**sides: Activations) -> None:
+    """ValueError for a side that is known to be a recording, where a shift is needed."""
+    wrong = [f"{name} is a recording ({acts!r})" for name, acts in sides.items() if acts.is_shift is False]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}: a shift is needed, after - before: what the same prompts gave with the tuning less what without")
+
+
 def both_places(a: Activations, b: Activations) -> str:
     """The place of both sides, once when it is the same."""
     return str(a.place) if a.place == b.place else f"{a.place} and {b.place}"

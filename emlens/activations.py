@@ -24,7 +24,12 @@ FACTS = "facts.parquet"
 
 @dataclass(frozen=True)
 class Place:
-    """A spot in a model: ``site``, block indices ``layers`` counted from 0, and a named ``position`` (house.md, Places)."""
+    """A spot in a model: ``site``, block indices ``layers`` counted from 0, and a named ``position``.
+
+    Sites are TransformerLens' names: the stream ``resid_pre``, ``resid_mid``, ``resid_post`` (of the last block: before the final norm), what is
+    added to it ``attn_out``, ``mlp_out`` (``resid_pre + attn_out + mlp_out = resid_post`` in every family), and the single layers ``embed``,
+    ``final_norm``. Positions are ``last, mean, mean_all``, …: ``help(em.positions)`` says what each is.
+    """
 
     site: str
     layers: tuple[int, ...]
@@ -144,6 +149,11 @@ class Activations(Exchange):
     def ids(self) -> pd.Series:
         return self.facts["id"]
 
+    @property
+    def is_shift(self) -> bool | None:
+        """True of what was subtracted, False of what a model recorded, None where nobody said (arrays)."""
+        return _identity.is_shift(self.meta)
+
     def __len__(self) -> int:
         return self.n_prompts
 
@@ -152,7 +162,7 @@ class Activations(Exchange):
 
     def __repr__(self) -> str:
         shown = [f"Activations {self.n_prompts} prompts × {len(self.layers)} layers × {self.d_model}", str(self.place)]
-        return " · ".join([*shown, *([_identity.label(self.meta)] if _identity.label(self.meta) else []), *self._noise()])
+        return " · ".join([*shown, *filter(None, [_identity.shown(self.meta)]), *self._noise()])
 
     def _noise(self) -> list[str]:
         """The noise floor beside the rms of the values, both the median over layers; of a large array, of rows spread over it."""
@@ -170,8 +180,8 @@ class Activations(Exchange):
             "prompts": f"{self.n_prompts:,}",
             "place": str(self.place),
             "values": f"{self.n_prompts:,} × {len(self.layers)} × {self.d_model} float32, {size}",
-            **{k: self.meta[k] for k in ("model", "architecture", "adapter", "dtype") if self.meta.get(k)},
-            "shift": _identity.label(self.meta) if "variants" in self.meta else "",
+            **{k: self.meta[k] for k in ("architecture", "dtype") if self.meta.get(k)},
+            "shift" if self.is_shift else "variant": _identity.shown(self.meta),
             "noise": "; ".join(self._noise()),
             "facts": ", ".join(str(c) for c in self.facts.columns),
         }
@@ -242,7 +252,7 @@ class Activations(Exchange):
         What ``meta`` says alike of all parts is kept; where they differ, ``meta["parts"]`` lists what each says. Noise floors are pooled.
 
         Raises:
-            ValueError: no part, an id in two parts, or different places, widths, architectures or chat templates.
+            ValueError: no part, an id in two parts, shifts with recordings, or different places, widths, architectures or chat templates.
         """
         given = list(parts)
         if not given:
@@ -250,6 +260,8 @@ class Activations(Exchange):
         first = given[0]
         for part in given[1:]:
             _refuse_unlike(first, part, "put together")
+            if {first.is_shift, part.is_shift} == {True, False}:
+                raise ValueError("cannot put together shifts and recordings: subtract `before` from all of them, or from none")
         meta = _identity.merged([part.meta for part in given], [len(part) for part in given])
         facts = pd.concat([part.facts for part in given], ignore_index=True)
         facts.attrs = {k: v for k, v in first.facts.attrs.items() if all(store.plain(p.facts.attrs.get(k)) == store.plain(v) for p in given)}
@@ -311,10 +323,18 @@ class Activations(Exchange):
 
     # ---- keeping (to numpy, pandas, datasets and back: see Exchange)
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Keep as a folder: ``values.safetensors``, ``facts.parquet`` and a manifest with checksums; whole or not at all."""
+    def save(self, folder: str | os.PathLike, replace: bool = False) -> Path:
+        """Keep as a folder: ``values.safetensors``, ``facts.parquet`` and a manifest with checksums; whole or not at all.
+
+        Args:
+            folder: a new one; what is there already may be these very activations.
+            replace: put them in the place of another recording.
+
+        Raises:
+            StoreError: something else is there, and ``replace`` is not said; or files that emlens did not write, which are never removed.
+        """
         made_by = {"kind": "activations", "site": self.site, "layers": self.layers, "position": self.position, "meta": self.meta}
-        with store.writing(folder, made_by) as temporary:
+        with store.writing(folder, made_by, replace) as temporary:
             store.write_values(temporary / store.VALUES, self.values)
             write_facts(self.facts, temporary)
         return Path(folder)
@@ -329,11 +349,13 @@ class Activations(Exchange):
                 size.
 
         Raises:
-            StoreError: something is missing or damaged (:class:`emlens.store.StoreError`; it names the file).
+            StoreError: something is missing or damaged (:class:`emlens.store.StoreError`; it names the file); the folder of a store or a run, which
+                holds several (they are named; :func:`emlens.store.kept` lists them all).
         """
+        store.refuse_store(folder, "activations")
         made_by = store.verify(folder) if verify else store.described(folder)
         if made_by.get("kind") != "activations":
-            raise store.StoreError(f"{folder} holds {made_by.get('kind')!r}, not activations")
+            raise store.StoreError(f"{folder} holds {made_by.get('kind', made_by.get('what', 'something else'))!r}, not activations")
         values = store.mapped(Path(folder) / store.VALUES)
         place = Place(made_by["site"], tuple(made_by["layers"]), made_by["position"])
         facts = pd.read_parquet(Path(folder) / FACTS, engine="pyarrow")

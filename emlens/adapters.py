@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import CHAT_TEMPLATE_FILE, cached_file
 
 from . import store
-from .loading import UNREADABLE, LoadError
+from .loading import UNREADABLE, LoadError, near_path
+from .prompts import meant
 
 On = str | tuple[str, Collection[int]] | None
 """Which adapter is on: a name; ``(name, layers)``, its part in these blocks alone; None for the loaded weights."""
@@ -75,7 +76,8 @@ class Adapters(Mapping[str, str]):
         """KeyError for a name that is not loaded, ValueError for blocks that are not there."""
         name, layers = parts_of(adapter)
         if name is not None and name not in self:
-            raise KeyError(f"no adapter {name!r} is loaded; loaded are {sorted(self) or 'none'}. model.add_adapter(name, folder) adds one.")
+            said = f"no adapter {name!r} is loaded; loaded are {sorted(self) or 'none'}."
+            raise KeyError(f"{said}{meant(name, self)} model.add_adapter(name, folder) adds one.")
         outside = [i for i in layers or () if not 0 <= i < n_layers]
         if outside or layers == ():
             raise ValueError(f"adapter {name!r} limited to layers {outside or 'none'}: blocks are 0 … {n_layers - 1}")
@@ -156,7 +158,9 @@ class Adapters(Mapping[str, str]):
 
     def _grow(self, name: str, config: PeftConfig) -> None:
         if self._peft is None:
-            self._peft = get_peft_model(self.hf, config, adapter_name=name)
+            with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name, at every adapter anew
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                self._peft = get_peft_model(self.hf, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
         self.hf.requires_grad_(False)
@@ -246,19 +250,38 @@ def digest(folder: str | Path) -> str:
     return hashlib.sha256("".join(store.digest_file(p) for p in found).encode()).hexdigest()
 
 
-def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor], str, str | None]:
-    """Config, tensors, digest and chat template of an adapter; refuses kinds that are more than an adapter on shared weights can carry."""
-    path, sub = _place(source)
+def find_adapter(name: str, source: str | os.PathLike) -> tuple[str, Any]:
+    """Folder on this machine and config of an adapter, its weights unread (one of the hub is fetched).
+
+    Raises:
+        ValueError: a name that PEFT cannot have.
+        LoadError: nothing to open there; what is beside it is named.
+    """
+    if "." in name or not name:
+        raise ValueError(f"adapter name {name!r}: PEFT allows no dots and no empty name")
+    with _readable(name, str(source)):
+        folder = _folder(*_place(str(source)))
+        return folder, PeftConfig.from_pretrained(folder)
+
+
+@contextmanager
+def _readable(name: str, source: str) -> Iterator[None]:
+    """What PEFT and transformers say of a source that cannot be read, in one line with the way out."""
     try:
-        folder = _folder(path, sub)
-        config = PeftConfig.from_pretrained(folder)
-        state = load_peft_weights(folder, device="cpu")
-        template = _template(path, sub)
+        yield
     except UNREADABLE as error:
         raise LoadError(
             f"cannot open the adapter {name!r} at {source!r}: {str(error).strip().splitlines()[0][:300]} — a PEFT folder with adapter_config.json "
-            f"and adapter_model.safetensors, or a hub id, is needed.{_beside(Path(path))}"
+            f"and adapter_model.safetensors, or a hub id, is needed.{_beside(Path(_place(source)[0]))}{near_path(source)}"
         ) from error
+
+
+def _opened(name: str, source: str) -> tuple[PeftConfig, dict[str, torch.Tensor], str, str | None]:
+    """Config, tensors, digest and chat template of an adapter; refuses kinds that are more than an adapter on shared weights can carry."""
+    folder, config = find_adapter(name, source)
+    with _readable(name, source):
+        state = load_peft_weights(folder, device="cpu")
+        template = _template(*_place(source))
     if bool(getattr(config, "modules_to_save", None)):
         raise LoadError(f"adapter {name!r} replaces whole modules {config.modules_to_save}: that is more than an adapter on shared weights can carry")
     if getattr(config, "bias", "none") != "none":
@@ -279,6 +302,8 @@ def _folder(path: str, sub: str | None) -> str:
     if Path(path).exists():  # then it is not looked for on the hub
         if not (local / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{local} holds no {CONFIG_NAME}")
+        if not any((local / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise FileNotFoundError(f"{local} holds no {SAFETENSORS_WEIGHTS_NAME}")
         return str(local)
     config = str(cached_file(path, CONFIG_NAME, subfolder=sub))
     if _found(path, sub, SAFETENSORS_WEIGHTS_NAME) is None:

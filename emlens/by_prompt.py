@@ -108,12 +108,13 @@ def overlap_correlations(
     n_permutations: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    n_boot: int = 2000,
 ) -> stats.Result:
     """Over the prompts of each setting: does a larger overlap go with a more similar shift, and more so than the baseline's one line?
 
     table       one row per prompt and setting (`prompt_geometry`, or published tables); `by` names the columns that make a setting, and
                 each holds a prompt once: settings are not pooled (for several at once: `over_settings`).
-    overlap, similarity, baseline   columns; any others will do (does `shift_norm` go with the score's change?).
+    overlap, similarity, baseline   columns; any others will do (with a score's change: `change_correlations`).
     covariates  columns taken out for "partial": prompt length and category, say.
 
     Metrics by setting: "pearson", "spearman" of overlap and similarity, "pearson baseline" of the baseline in its place (null
@@ -137,12 +138,12 @@ def overlap_correlations(
         keys = dict(zip(by, setting, strict=True))
         groups, strata = (part[name].to_numpy() if name else None for name in (clusters, within))
         x, y = part[overlap].to_numpy(), part[similarity].to_numpy()
-        found = correlation_rows(part, overlap, similarity, baseline, groups, strata, n_permutations, seed, level)
+        found = correlation_rows(part, overlap, similarity, baseline, groups, strata, n_permutations, seed, level, n_boot)
         if baseline:
-            contrast = correlation_contrast(x, part[baseline].to_numpy(), y, groups, level, seed=seed)
+            contrast = correlation_contrast(x, part[baseline].to_numpy(), y, groups, level, n_boot, seed)
             found.append({"metric": _CONTRAST, "null": "equal correlations", "estimate": contrast.pop("difference"), **contrast})
         if covariates:
-            partial = partial_correlation(x, y, part[list(covariates)], groups, n_permutations, seed, level)
+            partial = partial_correlation(x, y, part[list(covariates)], groups, n_permutations, seed, level, n_boot)
             found.append({"metric": "partial", "null": "residuals permuted", "estimate": partial.pop("r"), **partial})
         rows += [{**keys, **row} for row in found]
     tested = {row["null"]: null_draws.describe(row["null"]) for row in rows}
@@ -162,6 +163,53 @@ def overlap_correlations(
     )
 
 
+MEASURES = ("explained_energy", "shift_norm", "shift_cosine")
+"""Of `prompt_geometry`: where a prompt lay, how far it shifted, and how alike the training prompts."""
+
+
+def change_correlations(
+    table: pd.DataFrame,
+    change: str,
+    measures: Sequence[str] = MEASURES,
+    baseline: str = "cosine_to_mean",
+    covariates: Sequence[str] = (),
+    by: Sequence[str] = ("layer",),
+    clusters: str | None = "category",
+    within: str | None = "category",
+    n_permutations: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    n_boot: int = 2000,
+) -> stats.Result:
+    """Does where a prompt lay, or how it shifted, foretell how much its score changed? Over the prompts of each setting alone.
+
+    table       of `prompt_geometry`, with the column `change` (the score after tuning less the one before) joined by prompt.
+    measures    columns, each correlated with the change; `baseline`, the one-line rival (cosine to the mean training prompt), too.
+    covariates, by, clusters, within   as in `overlap_correlations`: length and category taken out for "partial", what makes a setting,
+                groups that the bootstrap draws whole, groups inside which prompts are permuted. Prompts come in categories that differ
+                in level on both sides: hence the defaults.
+
+    Keys measure and `by`; metrics "pearson", "spearman", "overlap minus baseline" (measure less baseline), "partial"; q over all
+    measures and settings shown, within each metric and null. Shift size and score change come from one tuning: "shift_norm" and
+    "shift_cosine" describe, only what was there before tuning foretells. Several settings: `over_settings` with by=["measure", "layer"].
+    Errors: as `overlap_correlations`.
+    """
+    parts: list[pd.DataFrame] = []
+    told: dict[str, str] = {}
+    for measure in dict.fromkeys([*measures, baseline]):
+        rival = None if measure == baseline else baseline
+        found = overlap_correlations(table, measure, change, rival, covariates, by, clusters, within, n_permutations, seed, level, n_boot)
+        told |= found.attrs["null"]
+        kept = found[found["metric"] != "pearson baseline"].assign(measure=measure)
+        kept.attrs = {}
+        parts.append(kept)
+    shared = {key: found.attrs[key] for key in ("seed", "n_permutations", "interval", "covariates")}
+    what = f"correlation over prompts of {', '.join(measures)} and the baseline {baseline} with {change}, in each setting alone"
+    return stats.result(
+        pd.concat(parts, ignore_index=True), ["measure", *by], what=what, family=["metric", "null"], null=told, baseline=baseline, **shared
+    )
+
+
 def correlation_rows(
     part: pd.DataFrame,
     overlap: str,
@@ -172,12 +220,13 @@ def correlation_rows(
     n_permutations: int,
     seed: int,
     level: float,
+    n_boot: int = 2000,
 ) -> list[dict[str, Any]]:
     """Result rows "pearson", "spearman" and "pearson baseline" of one setting's prompts, null "prompts permuted"."""
     pairs = {"pearson": (overlap, "pearson"), "spearman": (overlap, "spearman"), **({"pearson baseline": (baseline, "pearson")} if baseline else {})}
     rows, y = [], part[similarity].to_numpy()
     for metric, (column, method) in pairs.items():
-        found = stats.correlation(part[column].to_numpy(), y, clusters, n_permutations, seed, method, within, level)
+        found = stats.correlation(part[column].to_numpy(), y, clusters, n_permutations, seed, method, within, level, n_boot)
         rows.append({"metric": metric, "estimate": found.pop("r"), "null": "prompts permuted", **found})
     return rows
 

@@ -1,18 +1,24 @@
-"""How often does each null of an overlap reject, and where should it? Simulated worlds, one hypothesis each.
+"""How often does each null of an overlap and of a prediction reject, and where should it? Simulated worlds, one hypothesis each.
 
-Every population is normal with a power-law spectrum in axes of its own, and half of its variance lies in axes that all text has in
+For overlaps every population is normal with a power-law spectrum in axes of its own, and half of its variance lies in axes that all text has in
 common: subspaces overlap long before one set has anything to do with another. `rejection_rates` makes the table that shows why the
-"isotropic" null is weak, at sizes of your choice.
+"isotropic" null is weak, at sizes of your choice; `prediction_rejection_rates` the one for `em.predict` and three shortcuts.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from einops import rearrange
+from jaxtyping import Float, Int
 
+from . import stats
 from .activations import Activations
+from .folds import make_folds
 from .geometry import overlap
+from .ridge import SAME, Fold, fixed, nested_ridge, predict_from, r2, residuals, spectrum
+from .shuffles import NULLS as NULLS_OF_TARGET
 
 WORLDS: dict[str, tuple[str, float | None]] = {
     "random subspace": ("b fills axes drawn at random: the hypothesis of 'isotropic'", None),
@@ -93,3 +99,148 @@ def rejection_rates(worlds: Sequence[str] = tuple(WORLDS), n_seeds: int = 500, l
     """
     rates = {world: (p_values(world, n_seeds, **settings) <= level).mean() for world in worlds}
     return pd.DataFrame(rates).T.rename_axis(index="world", columns="null")
+
+
+# ---- prediction: is p of `em.predict` what it says, and what do the usual shortcuts do?
+
+PREDICTION_WORLDS = {
+    "nothing": "target, text and activations have nothing to do with one another, prompts are independent: the hypothesis of 'all_rows'",
+    "groups": "target and activations each have a level of their own in every group, and nothing else in common: the hypothesis of "
+    "'within_groups', 'group_blocks' and 'group_means'",
+    "own spread": "as 'groups', and the noise of the target has a size of its own in every group: the hypothesis of 'within_groups'",
+    "same level": "target and activations share the level of the group, and nothing inside it: the hypothesis of 'within_groups'",
+    "topic": "target and activations are linear in the text, each with noise of its own: the hypothesis of 'activation_rows'",
+    "ceiling": "as 'topic', the target flat above a score, the activations bent: the same hypothesis, and a linear text model misses some of it",
+    "fold": "as 'topic', the target even in the text (a square), the activations bent: the text model misses all of it",
+    "wide text": "as 'topic', of 60 text features for a hundred prompts: the text model shrinks much of it away",
+    "planted": "as 'topic', and the target knows a part of the activations' own noise as well: power",
+}
+"""World -> what holds there. Activations have a power-law spectrum, and layers that share half of their own variance."""
+
+SCHEMES = (
+    "within_groups", "group_blocks", "group_means", "all_rows", "all_rows, plain folds",
+    "activation_rows", "activation_rows, text left in", "target permuted for delta_r2",
+)  # fmt: skip
+"""The nulls of `em.predict` under their names; and three shortcuts: plain folds with everything permuted, activation rows permuted
+without the text taken out of them first, the target permuted within groups (and every model fitted anew) for the gain over text."""
+_SOME = (1.0, 100.0, 1e4)
+
+
+class Prompts(NamedTuple):
+    """A copy of a prediction world."""
+
+    activations: Float[np.ndarray, "prompt layer d_model"]
+    text: Float[np.ndarray, "prompt feature"]
+    target: Float[np.ndarray, " prompt"]
+    codes: Int[np.ndarray, " prompt"]
+
+
+def simulated_prompts(
+    world: str, sizes: Sequence[int] = (15,) * 8, n_layers: int = 1, d_model: int = 12, gain: float = 0.7, seed: int = 0
+) -> Prompts:
+    """One copy of a prediction world: groups of the given sizes; in "planted", `gain` times the activations' own noise is in the target
+    (a standard deviation each, beside noise of 1)."""
+    if world not in PREDICTION_WORLDS:
+        raise ValueError(f"unknown world {world!r}; choose one of {', '.join(PREDICTION_WORLDS)}")
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    n, n_groups = len(codes), len(sizes)
+    spread = np.arange(1, d_model + 1) ** -0.75
+    axes = np.linalg.qr(rng.standard_normal((d_model, d_model)))[0]
+    common, own = rng.standard_normal((n, 1, d_model)), rng.standard_normal((n, n_layers, d_model))
+    noise, level = (common + own) / np.sqrt(2) * spread @ axes, rng.standard_normal(n_groups)[codes]
+    error, text = rng.standard_normal(n), rng.standard_normal((n, 60 if world == "wide text" else 5))
+    if world == "nothing":
+        return Prompts(noise, text, error, codes)
+    if world in ("groups", "own spread", "same level"):
+        centres = 1.5 * rng.standard_normal((n_groups, 1, d_model))[codes] * spread
+        if world == "same level":
+            centres[..., 0] = 3 * level[:, None]
+        scale = np.exp(0.8 * rng.standard_normal(n_groups))[codes] if world == "own spread" else 1.0
+        return Prompts(noise + centres @ axes, text, 1.5 * level + scale * error, codes)
+    text += 0.7 * rng.standard_normal((n_groups, text.shape[1]))[codes]
+    told = text @ rng.standard_normal((text.shape[1], d_model)) / np.sqrt(text.shape[1])
+    weights = rng.standard_normal(text.shape[1])
+    score = text @ weights / np.linalg.norm(weights)
+    if world in ("ceiling", "fold"):
+        told = np.tanh(told + 0.5 * rng.standard_normal(d_model))
+        score = 2.2 * np.minimum(score, 0.0) if world == "ceiling" else score**2 - 1
+    if world == "planted":
+        part = noise.mean(axis=1) @ axes[0]
+        score = score + gain * part / part.std()
+    return Prompts(told[:, None] + 0.6 * noise / noise.std(), text, score + level + error, codes)
+
+
+def prediction_p(
+    prompts: Prompts, schemes: Sequence[str] = SCHEMES, n_draws: int = 99, penalties: Sequence[float] = _SOME, seed: int = 0
+) -> dict[str, float]:
+    """p of each scheme for one copy, family-wise over its layers (the maximum statistic): the arithmetic of `em.predict`."""
+    x, text, y, codes = prompts
+    unknown = [scheme for scheme in schemes if scheme not in SCHEMES]
+    if unknown:
+        raise ValueError(f"unknown schemes {unknown}; choose among {', '.join(SCHEMES)}")
+    grouped, plain = make_folds(len(y), codes).rounds[0], make_folds(len(y), seed=seed).rounds[0]
+    layers = [x[:, i].astype(np.float64) for i in range(x.shape[1])]
+    total = np.square(y - y.mean()).sum()
+    orders = np.concatenate([np.arange(len(y))[None], stats.permutations(len(y), n_draws, seed, within=codes)])
+    found: dict[str, list[np.ndarray]] = {}
+    for folds, kind in ((grouped, ""), (plain, ", plain folds")):  # all nulls of the target go through one ridge
+        drawn = {name: null.draw(y, codes, n_draws, seed).targets for name, null in NULLS_OF_TARGET.items() if name + kind in schemes}
+        if drawn:
+            targets = np.column_stack([y, *drawn.values()])
+            scores = [r2(targets, nested_ridge(fixed(layer), targets, folds, penalties).predictions) for layer in layers]
+            stops = np.cumsum([1, *(each.shape[1] for each in drawn.values())])
+            for name, start, stop in zip(drawn, stops[:-1], stops[1:], strict=True):
+                found[name + kind] = [score[[0, *range(start, stop)]] for score in scores]
+    if any(scheme.startswith("activation_rows") for scheme in schemes):
+        moved = rearrange(residuals(fixed(text), y, grouped, penalties)[:, orders], "fold draw prompt -> fold prompt draw")
+        for scheme in {"activation_rows", "activation_rows, text left in"} & set(schemes):
+            rest = [0.0 if "left in" in scheme else nested_ridge(fixed(text), layer, grouped, penalties).predictions for layer in layers]
+            found[scheme] = [_gains(layer - told, moved, grouped, penalties) / total for layer, told in zip(layers, rest, strict=True)]
+    if SCHEMES[-1] in schemes:
+        left = _left_of_each(text, y[orders].T, grouped, penalties)
+        found[SCHEMES[-1]] = [_gains(layer, left, grouped, penalties) / total for layer in layers]
+    values = {scheme: np.round(np.stack(found[scheme], axis=1) / SAME) * SAME for scheme in schemes}
+    return {scheme: float(stats.max_statistic_p(each[0], each[1:]).min()) for scheme, each in values.items()}
+
+
+def _left_of_each(
+    text: Float[np.ndarray, "prompt feature"], targets: Float[np.ndarray, "prompt target"], folds: Sequence[Fold], penalties: Sequence[float]
+) -> Float[np.ndarray, "fold prompt target"]:
+    """`ridge.residuals` of many targets."""
+    first = nested_ridge(fixed(text), targets, folds, penalties)
+    left = np.tile(targets - first.predictions, (len(folds), 1, 1))
+    for of_fold, fold, chosen in zip(left, folds, first.penalties, strict=True):
+        for train, test in fold.inner:
+            of_fold[test] = targets[test] - predict_from(spectrum(text, train, test), targets[train], chosen)
+    return left
+
+
+def _gains(
+    layer: Float[np.ndarray, "prompt d_model"], left: Float[np.ndarray, "fold prompt target"], folds: Sequence[Fold], penalties: Sequence[float]
+) -> Float[np.ndarray, " target"]:
+    """The fall of the summed squared errors by a second ridge, for targets that each left something of their own."""
+    second = nested_ridge(fixed(layer), left, folds, penalties).predictions
+    parts = [np.square(of[fold.test]) - np.square(of[fold.test] - second[fold.test]) for of, fold in zip(left, folds, strict=True)]
+    return np.concatenate(parts).sum(axis=0)
+
+
+def prediction_rejection_rates(
+    worlds: Sequence[str] = tuple(PREDICTION_WORLDS),
+    schemes: Sequence[str] = SCHEMES,
+    n_seeds: int = 200,
+    level: float = 0.05,
+    n_draws: int = 99,
+    seed: int = 0,
+    **settings: Any,
+) -> pd.DataFrame:
+    """The share of copies of each world in which each scheme of prediction rejects at `level`: a row a world, a column a scheme.
+
+    settings: of `simulated_prompts` (sizes of the groups, layers, d_model). At a scheme's own hypothesis the rate is `level`.
+    """
+    copies = range(seed, seed + n_seeds)
+    rows = {
+        world: (pd.DataFrame([prediction_p(simulated_prompts(world, seed=s, **settings), schemes, n_draws, seed=s) for s in copies]) <= level).mean()
+        for world in worlds
+    }
+    return pd.DataFrame(rows).T.rename_axis(index="world", columns="scheme")

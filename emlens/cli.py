@@ -11,6 +11,7 @@ from typing import Any, TextIO
 EXAMPLES = """examples:
   emlens demo                          the shipped study, a page at runs/demo/report.html
   emlens demo --quick --out runs/quick the same code on fewer rows, in minutes
+  emlens study new my.yaml             a study file with every key, a word on each; edit it
   emlens study run my.yaml --out runs/mine
   emlens doctor runs/my-model --adapter runs/x/adapter
                                        what must hold of a model before its activations are believed
@@ -53,7 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run the shipped study on a small real model", epilog="example: emlens demo --quick --out runs/quick")
     demo.set_defaults(act=_study, file="demo")
     study = commands.add_parser("study", help="run a study file").add_subparsers(title="commands", metavar="COMMAND", required=True)
-    run = study.add_parser("run", help="run every missing piece of a study", epilog="example: emlens study run my.yaml --out runs/mine")
+    new = study.add_parser("new", help="write a study file with every key, a word on each", epilog="example: emlens study new my.yaml")
+    new.add_argument("file", help="to be written; one that is there is left alone")
+    new.set_defaults(act=_new)
+    run = study.add_parser(
+        "run", help="run every missing piece of a study", epilog="example: emlens study run my.yaml --out runs/mine",
+        description="Every key of the file is checked before anything is run. `emlens study new my.yaml` writes one with every key, "
+        "a word on each.",
+    )  # fmt: skip
     run.add_argument("file", help="a .yaml study, or the name of a shipped one")
     run.set_defaults(act=_study)
     for one in (demo, run):
@@ -131,6 +139,20 @@ def _study(args: argparse.Namespace) -> int:
     study = Study.load(args.file, quick=args.quick)
     out = args.out or f"runs/{study.config['name']}{'-quick' if args.quick else ''}"
     return _show(study.run(out, command=command_line()))
+
+
+def _new(args: argparse.Namespace) -> int:
+    from .store import write_text
+    from .study import template
+
+    path = Path(args.file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{args.file!r} is no name of a study file: .yaml is needed at its end")
+    if path.exists():
+        raise ValueError(f"{args.file} is there already and is left as it is; choose another name")
+    write_text(path, template())
+    _say(f"{path}: every key, with a word on each. Edit it, then: emlens study run {path}")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

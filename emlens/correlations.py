@@ -4,6 +4,8 @@
 a simpler measure correlates as well, and what several settings say together without being pooled.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +109,52 @@ def correlation_contrast(
     return {"difference": float(r[0, 2] - r[1, 2]), "low": low, "high": high, "t": t, "p": p, "n": n}
 
 
+ENUMERATED = 7
+"""Up to so many rows, all n! orders are gone through."""
+
+
+def few_rows_correlation(
+    x: Vector, y: Vector, method: str = "pearson", n_permutations: int = 5000, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """Correlation over few rows (runs, say), each of which counts: r, low, high, p, null_low, null_high, without_one_low,
+    without_one_high, exact, p_floor, n.
+
+    p           two-sided, of |r|, by permuting y against x: all n! orders for up to seven rows (exact), else drawn, with the +1 rule.
+                p_floor: the least p there can be; four rows that agree in rank give no less than 2 / 24.
+    low/high    Fisher's z, with Bonett and Wright's (2000) variance (1 + r^2 / 2) / (n - 3) for ranks; rows taken as independent and
+                normal. A bootstrap of so few rows would mostly draw one of them twice.
+    without_one the lowest and the highest r when any one row is left out: how much hangs on a single one.
+    Errors: ValueError for fewer than four rows. A constant x or y gives NaN.
+    """
+    if method not in ("pearson", "spearman"):
+        raise ValueError(f"unknown method {method!r}; choose 'pearson' or 'spearman'")
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    n = len(a)
+    if a.shape != b.shape or a.ndim != 1 or n < 4:
+        raise ValueError(
+            f"x has shape {a.shape}, y {b.shape}: four rows at least are needed, the same on both sides. With three, a correlation of 1 comes "
+            "by chance in one of three orders and has no interval; show the points instead"
+        )
+    refuse_not_finite(a + b)
+    r = float(_of_standardised(a, b[None], method)[0])
+    names = ("r", "low", "high", "p", "null_low", "null_high", "without_one_low", "without_one_high", "p_floor")
+    if math.isnan(r):
+        return dict.fromkeys(names, np.nan) | {"exact": n <= ENUMERATED, "n": n}
+    if n <= ENUMERATED:
+        null = _of_standardised(a, b[np.array(list(itertools.permutations(range(n))))], method)
+        p, floor = float((np.abs(null) >= abs(r) - 1e-9).mean()), float((np.abs(null) >= np.abs(null).max() - 1e-9).mean())
+    else:
+        null = _of_standardised(a, b[stats.permutations(n, n_permutations, seed)], method)
+        p, floor = stats.permutation_p(abs(r), np.abs(null), "greater"), 1 / (n_permutations + 1)
+    spread = (1 + r**2 / 2 if method == "spearman" else 1.0) / (n - 3)
+    reach = float(scipy_stats.norm.ppf((1 + level) / 2)) * math.sqrt(spread)
+    ends = (math.tanh(math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12)) + sign * reach) for sign in (-1, 1))
+    without = [float(_of_standardised(np.delete(a, i), np.delete(b, i)[None], method)[0]) for i in range(n)]
+    some = [each for each in without if not math.isnan(each)] or [np.nan]
+    values = (r, *ends, p, *stats.null_band(null, level), min(some), max(some), floor)
+    return dict(zip(names, values, strict=True)) | {"exact": n <= ENUMERATED, "n": n}
+
+
 def random_effects(r: Vector, variance: Vector, level: float = 0.95) -> dict[str, float]:
     """Correlations of several settings, summarised with room for settings to differ: DerSimonian and Laird (1986) on Fisher's z.
 
@@ -162,6 +210,16 @@ def _axes(z: Float[np.ndarray, "n column"]) -> Float[np.ndarray, "n axis"]:
     joined = np.column_stack([np.ones(len(z)), z / np.maximum(np.linalg.norm(z, axis=0), 1e-300)])
     vectors, values, _ = np.linalg.svd(joined, full_matrices=False)
     return vectors[:, values > 1e-10 * values[0]]
+
+
+def _of_standardised(x: Float[np.ndarray, " n"], y: Float[np.ndarray, "order n"], method: str) -> Float[np.ndarray, " order"]:
+    """r of x with every row of y; NaN where one of them is constant."""
+    if method == "spearman":
+        x, y = scipy_stats.rankdata(x), scipy_stats.rankdata(y, axis=1)
+    left, right = x - x.mean(), y - y.mean(axis=1, keepdims=True)
+    if _nothing(left, x) or _nothing(right[0], y[0]):
+        return np.full(len(y), np.nan)
+    return np.clip(right @ left / (np.linalg.norm(right, axis=1) * np.linalg.norm(left)), -1, 1)
 
 
 def _nothing(left: Float[np.ndarray, " n"], whole: Float[np.ndarray, " n"]) -> bool:

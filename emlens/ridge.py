@@ -4,14 +4,15 @@ Nested cross-validation of a small table (prompts x features, more features than
 each distinct training set is decomposed once and serves every penalty and every target; with whole groups held out, in
 the outer and the inner folds alike, the training set without groups i and j serves outer fold i and outer fold j. A
 permuted target is only one more column, so a permutation test that repeats the whole choice of penalties costs a matrix
-product (the way of himalaya: Dupré la Tour et al. 2022).
+product (the way of himalaya: Dupré la Tour et al. 2022). Many targets choose their penalties in float32, with a bound on
+its rounding; the few that the bound leaves in doubt choose again in float64, and predictions are always float64.
 
 Arrays in, arrays out; nothing of emlens is imported.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,6 +27,10 @@ features on tens of prompts, 1 hardly shrinks and 1e7 leaves the mean."""
 SCALINGS = ("each", "block")
 SAME = 1e-10
 """Predictions (in standard deviations of the target) and scores that differ by less are ties."""
+
+_FEW = 64  # targets up to which float32 would save nothing
+_KEPT = 2**28  # bytes of inner decompositions that may be kept for those in doubt; where they are larger, all is float64
+_COLUMNS = 256  # targets at a time, so that errors are squared in the processor's cache
 
 Features: TypeAlias = Callable[[Int[np.ndarray, " train"]], Float[np.ndarray, "prompt feature"]]
 """A feature block: from the rows it may learn from to the feature matrix of all rows. A plain matrix is
@@ -71,17 +76,24 @@ def scale(
     training keeps scale 1). "block": one number for the block, the root of the mean variance, so that features keep
     their relative weight (rare words stay light) and one grid of penalties means the same for every block.
     """
+    _, mean, spread = _centred(features[train], scaling)
+    return (features - mean) / spread
+
+
+def _centred(
+    rows: Float[np.ndarray, "train feature"], scaling: str
+) -> tuple[Float[np.ndarray, "train feature"], Float[np.ndarray, " feature"], Float[np.ndarray, " spread"]]:
+    """Training rows about their mean, the mean, and what to divide by (one number for "block")."""
     if scaling not in SCALINGS:
         raise ValueError(f"unknown scaling {scaling!r}; choose one of {SCALINGS}")
-    mean = features[train].mean(axis=0)
-    centred = features - mean
-    variance = np.square(centred[train]).mean(axis=0)
+    mean = rows.mean(axis=0)
+    rows = rows - mean
+    n, eps = len(rows), np.finfo(np.float64).eps
+    variance, size = np.einsum("ij,ij->j", rows, rows) / n, mean
     if scaling == "block":
-        variance = variance.mean(keepdims=True)
-        mean = np.abs(mean).max(keepdims=True)
-    eps, n = np.finfo(np.float64).eps, len(train)
-    constant = variance <= n * eps * variance + (n * mean * eps) ** 2
-    return centred / np.sqrt(np.where(constant, 1.0, variance))
+        variance, size = variance.mean(keepdims=True), np.abs(mean).max(keepdims=True)
+    constant = variance <= n * eps * variance + (n * size * eps) ** 2
+    return rows, mean, np.sqrt(np.where(constant, 1.0, variance))
 
 
 def spectrum(
@@ -92,14 +104,14 @@ def spectrum(
 ) -> Spectrum:
     """Decompose one training set: Z Z' = U diag(l) U' of the scaled training rows Z (or Z' Z, whichever is smaller),
     and carry the `other` rows into the same basis."""
-    z = scale(np.asarray(features, dtype=np.float64), train, scaling)
-    z_train, z_other = z[train], z[other]
-    wide = z.shape[1] >= len(train)
+    rows, mean, spread = _centred(features[train].astype(np.float64), scaling)
+    z_train, z_other = rows / spread, (features[other] - mean) / spread
+    wide = z_train.shape[1] >= len(train)
     eigenvalues, vectors = np.linalg.eigh(z_train @ z_train.T if wide else z_train.T @ z_train)
     kept = eigenvalues > max(z_train.shape) * np.finfo(np.float64).eps * eigenvalues.max(initial=0.0)
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     if wide:
-        return Spectrum(eigenvalues, vectors, z_other @ (z_train.T @ vectors))
+        return Spectrum(eigenvalues, vectors, (z_other @ z_train.T) @ vectors)
     root = np.sqrt(eigenvalues)
     return Spectrum(eigenvalues, z_train @ vectors / root, z_other @ vectors * root)
 
@@ -138,29 +150,12 @@ def nested_ridge(
         raise ValueError(f"penalties are {list(penalties)}; needed are one or more positive numbers")
     if any(not fold.inner for fold in folds):
         raise ValueError("a fold has no inner folds: the penalty cannot be chosen without looking at the test rows")
-    shared = targets.ndim == 2
-    of_fold = [targets if shared else targets[f] for f in range(len(folds))]
-    n, n_targets = targets.shape[-2:]
-    errors = np.zeros((len(folds), grid.size, n_targets))
-    for train, uses in _training_sets(folds):
-        found = spectrum(features(train), train, np.concatenate([test for _, test in uses]), scaling)
-        stops = np.cumsum([len(test) for _, test in uses])
-        crosses = np.split(found.cross, stops[:-1])
-        projected: Float[np.ndarray, "k target"] | None = None
-        for (f, test), cross in zip(uses, crosses, strict=True):
-            y = of_fold[f]
-            mean = y[train].mean(axis=0)
-            if projected is None or not shared:
-                projected = found.basis.T @ (y[train] - mean)
-            rest = y[test] - mean
-            for a, penalty in enumerate(grid):
-                error = rest - (cross / (found.eigenvalues + penalty)) @ projected
-                errors[f, a] += np.einsum("ij,ij->j", error, error) / (len(test) * len(folds[f].inner))
-    chosen = grid[errors.argmin(axis=1)]
-    predictions = np.full((n, n_targets), np.nan)
-    for f, fold in enumerate(folds):
+    targets = np.ascontiguousarray(targets, dtype=np.float64)
+    chosen = grid[_choices(features, targets, folds, grid, scaling)]
+    predictions = np.full(targets.shape[-2:], np.nan)
+    for f, (fold, y) in enumerate(zip(folds, _by_fold(targets, folds), strict=True)):
         found = spectrum(features(fold.train), fold.train, fold.test, scaling)
-        predictions[fold.test] = predict_from(found, of_fold[f][fold.train], chosen[f])
+        predictions[fold.test] = predict_from(found, y[fold.train], chosen[f])
     return Nested(predictions, chosen)
 
 
@@ -180,10 +175,9 @@ def residuals(
     first = nested_ridge(features, target[:, None], folds, penalties, scaling)
     left = np.tile(target - first.predictions[:, 0], (len(folds), 1))
     for train, uses in _training_sets(folds):
-        block = features(train)
-        for f, test in uses:
-            found = spectrum(block, train, test, scaling)
-            left[f, test] = target[test] - predict_from(found, target[train, None], first.penalties[f])[:, 0]
+        _, found, parts = _decomposed(features, train, uses, scaling)
+        for f, test, cross in parts:
+            left[f, test] = target[test] - predict_from(found._replace(cross=cross), target[train, None], first.penalties[f])[:, 0]
     return left
 
 
@@ -210,6 +204,106 @@ def stacked_gain(
         before = moved[f, fold.test]
         fall[fold.test] = before**2 - (before - second[fold.test]) ** 2
     return reduce(fall, "prompt draws -> draws", "sum") / np.square(y - y.mean()).sum(), fall[:, 0]
+
+
+# ---- the choice of penalties
+
+
+class _Inner(NamedTuple):
+    """A decomposed inner training set, and the outer folds that use it: (fold, the rows it predicts, `cross` of these)."""
+
+    train: Int[np.ndarray, " train"]
+    found: Spectrum
+    uses: list[tuple[int, Int[np.ndarray, " test"], Float[np.ndarray, "test k"]]]
+
+
+def _choices(
+    features: Features,
+    targets: Float[np.ndarray, "prompt target"] | Float[np.ndarray, "fold prompt target"],
+    folds: Sequence[Fold],
+    grid: Float[np.ndarray, " penalty"],
+    scaling: str,
+) -> Int[np.ndarray, "fold target"]:
+    """Which penalty has the least mean over inner folds of the mean squared error: the choice of float64, whichever way."""
+    n, n_targets = targets.shape[-2:]
+    if grid.size == 1:
+        return np.zeros((len(folds), n_targets), dtype=np.int64)
+    sets = list(_training_sets(folds))
+    inner = (_decomposed(features, train, uses, scaling) for train, uses in sets)
+    if n_targets <= _FEW or 8 * n * sum(len(train) for train, _ in sets) > _KEPT:
+        return np.stack([errors.argmin(axis=0) for errors, _ in _inner_errors(inner, _by_fold(targets, folds), folds, grid, np.float64)])
+    kept = list(inner)
+    unit = np.ldexp(targets, -np.frexp(targets.std(axis=-2, keepdims=True))[1])  # by powers of two: any unit fits float32, no digit changes
+    quick = _inner_errors(kept, _by_fold(unit, folds), folds, grid, np.float32)
+    chosen = np.stack([errors.argmin(axis=0) for errors, _ in quick])
+    doubtful = [_in_doubt(errors, bounds, best) for (errors, bounds), best in zip(quick, chosen, strict=True)]
+    again = [y[:, columns] for y, columns in zip(_by_fold(targets, folds), doubtful, strict=True)]
+    for best, columns, (errors, _) in zip(chosen, doubtful, _inner_errors(kept, again, folds, grid, np.float64), strict=True):
+        best[columns] = errors.argmin(axis=0)
+    return chosen
+
+
+def _in_doubt(
+    errors: Float[np.ndarray, "penalty target"], bounds: Float[np.ndarray, "penalty target"], best: Int[np.ndarray, " target"]
+) -> Int[np.ndarray, " column"]:
+    """Targets whose least error, with what it may be off by, does not lie below all others."""
+    highest = np.take_along_axis(errors + bounds, best[None], axis=0)[0]
+    lowest = errors - bounds
+    np.put_along_axis(lowest, best[None], np.inf, axis=0)
+    return np.flatnonzero(~(highest < lowest.min(axis=0)))
+
+
+def _inner_errors(
+    inner: Iterable[_Inner],
+    of_fold: Sequence[Float[np.ndarray, "prompt target"]],
+    folds: Sequence[Fold],
+    grid: Float[np.ndarray, " penalty"],
+    dtype: type[np.floating],
+) -> list[tuple[Float[np.ndarray, "penalty target"], Float[np.ndarray, "penalty target"]]]:
+    """Mean over a fold's inner folds of the mean squared error, and how far rounding to `dtype` may have moved it.
+
+    With unit roundoff u, an error e = r - h p of k products, summed in any order, is off by at most (k + 5) u |h| |p| + 3 u |r|
+    (Higham 2002, section 3.1). Over the rows of all inner folds, weighted w, the squared distance is at most
+    D = 2 sum w ((k + 5)^2 u^2 ||H||^2 ||p||^2 + 9 u^2 ||r||^2), and the error E off by 2 sqrt(E D) + D + (rows + 5) u E.
+    Projections are made in float64, whose rounding does not count beside float32's.
+    """
+    u = np.finfo(dtype).eps / 2
+    errors = [np.zeros((grid.size, y.shape[1])) for y in of_fold]
+    bounds = [np.zeros((grid.size, y.shape[1])) for y in of_fold]
+    for train, (eigenvalues, basis, _), uses in inner:
+        shrunk = 1 / (eigenvalues + grid[:, None])
+        last: Float[np.ndarray, "prompt target"] | None = None
+        for f, test, cross in uses:
+            y, weight = of_fold[f], 1 / (len(test) * len(folds[f].inner))
+            if last is not y:
+                last, mean = y, y[train].mean(axis=0)
+                projected = basis.T @ (y[train] - mean)
+                sizes = np.einsum("kj,kj->j", projected, projected)
+                projected = projected.astype(dtype)
+            rest = y[test] - mean
+            squares = shrunk**2 @ np.einsum("tk,tk->k", cross, cross)
+            bounds[f] += 2 * weight * u**2 * ((len(eigenvalues) + 5) ** 2 * squares[:, None] * sizes + 9 * np.einsum("tj,tj->j", rest, rest))
+            hat = rearrange(cross.astype(dtype) * shrunk.astype(dtype)[:, None], "penalty test k -> (penalty test) k")
+            rest = rest.astype(dtype)
+            for start in range(0, y.shape[1], _COLUMNS):
+                some = slice(start, start + _COLUMNS)
+                error = rearrange(hat @ projected[:, some], "(penalty test) target -> penalty test target", penalty=grid.size)
+                error -= rest[:, some]
+                errors[f][:, some] += weight * np.einsum("ptj,ptj->pj", error, error)
+    longest = max(len(test) for fold in folds for _, test in fold.inner)
+    return [(e, 2 * np.sqrt(e * d) + d + (longest + 5) * u * e) for e, d in zip(errors, bounds, strict=True)]
+
+
+def _decomposed(features: Features, train: Int[np.ndarray, " train"], uses: list[tuple[int, Int[np.ndarray, " test"]]], scaling: str) -> _Inner:
+    found = spectrum(features(train), train, np.concatenate([test for _, test in uses]), scaling)
+    crosses = np.split(found.cross, np.cumsum([len(test) for _, test in uses])[:-1])
+    return _Inner(train, found, [(f, test, cross) for (f, test), cross in zip(uses, crosses, strict=True)])
+
+
+def _by_fold(
+    targets: Float[np.ndarray, "prompt target"] | Float[np.ndarray, "fold prompt target"], folds: Sequence[Fold]
+) -> list[Float[np.ndarray, "prompt target"]]:
+    return list(targets) if targets.ndim == 3 else [targets] * len(folds)
 
 
 def _training_sets(

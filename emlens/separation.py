@@ -119,13 +119,13 @@ def stability(
     n_boot: int = 50,
     n_permutations: int = 100,
     seed: int = 0,
-    groups: str | None = None,
+    clusters: str | None = None,
     level: float = 0.95,
 ) -> stats.Result:
     """How far does a direction depend on which prompts it was fitted on? Per layer, metric "cosine".
 
     estimate   mean over n_boot bootstrap samples of prompts (both variants of a prompt together; whole groups where
-               `groups`, a column of the facts, is given) of the cosine between the direction refitted on the sample and
+               `clusters`, a column of the facts, is given) of the cosine between the direction refitted on the sample and
                that of all prompts. 1: it does not depend on them.
     low/high   the central `level` of these cosines: a spread over samples, not a confidence interval.
     p          null "labels permuted" (see `held_out_separation`), greater: the same of the direction that permuted labels
@@ -133,11 +133,11 @@ def stability(
                comes back at a cosine of some 0.7. q is by the maximum over layers.
 
     method as in `held_out_separation`; "logistic" takes n_boot x n_permutations fits a layer. Errors: as there, and
-    ValueError when a sample of groups holds no prompt of one side.
+    ValueError when a sample of clusters holds no prompt of one side.
     """
     check_same_place(a, b)
     how_fitted = method_named(method)
-    sides = _sides(a, b, groups)
+    sides = _sides(a, b, clusters)
     rng = np.random.default_rng(seed)
     samples = _resampled(sides, n_boot, rng)
     labels = np.concatenate([sides.labels[None], _swapped(sides, n_permutations, rng)]) > 0
@@ -155,8 +155,8 @@ def stability(
         ["layer"],
         what=f"cosine of {how_fitted.name} refitted on resampled prompts with that of all, {a.place}",
         correction="max-statistic",
-        interval=f"central {level:.0%} of {n_boot} bootstrap samples of {groups or 'prompts'}: a spread, not a confidence interval",
-        null={"labels permuted": nulls.describe("labels permuted") + (f"; groups: {groups}" if groups else "")},
+        interval=f"central {level:.0%} of {n_boot} bootstrap samples of {clusters or 'prompts'}: a spread, not a confidence interval",
+        null={"labels permuted": nulls.describe("labels permuted") + (f"; clusters: {clusters}" if clusters else "")},
         seed=seed,
         n_boot=n_boot,
         n_permutations=n_permutations,

@@ -2,6 +2,9 @@
 
 Similarity is the mean cosine of each prompt's shift with the mean shift of the training prompts; nulls and controls
 stand beside it as in `emlens.geometry`, which asks the same of the prompts' subspaces.
+
+Where a shift is needed, give `after - before`: what a model recorded is refused. `clusters=` names the column whose groups are
+drawn whole in a bootstrap (`groups=`, elsewhere, the one whose groups are held out whole).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from jaxtyping import Float
 
 from . import nulls as null_draws
 from . import stats
-from ._sides import both_places, check_same_layers, facts_column, layer_rows, split_half_result
+from ._sides import both_places, check_same_layers, check_shifts, facts_column, layer_rows, split_half_result
 from .activations import Activations
 from .by_prompt import correlation_rows
 from .geometry import overlap_by_prompt
@@ -27,6 +30,7 @@ def shift_norms(shift: Activations, before: Activations) -> pd.DataFrame:
     Where the weights had 16 bits, also noise: the length that rounding alone gives a shift (rms over prompts), its floor.
     For the floor that another seed of the same tuning sets, see `shift_agreement`.
     """
+    check_shifts(shift=shift)
     check_same_layers(shift, before)
     norm, residual = (np.median(np.linalg.norm(x.values.astype(np.float64), axis=2), axis=0) for x in (shift, before))
     table = pd.DataFrame({"layer": shift.layers, "norm": norm, "relative": norm / residual})
@@ -49,6 +53,7 @@ def mean_share(
     layers or widths, or one training prompt; KeyError for an unknown column.
     """
     of = train_shift if shift is None else shift
+    check_shifts(train_shift=train_shift, shift=of)
     check_same_layers(train_shift, of)
     if train_shift.n_prompts < 2:
         raise ValueError("a mean over one training prompt says nothing of others: give two at least")
@@ -77,6 +82,7 @@ def shift_cosines(shifts: Mapping[str, Activations]) -> pd.DataFrame:
     """
     if len(shifts) < 2:
         raise ValueError(f"two named shifts at least are needed to compare; got {list(shifts)}")
+    check_shifts(**shifts)
     first = next(iter(shifts.values()))
     known = {name: _in_order(first, shift) for name, shift in shifts.items()}
     means = {name: shift.values.mean(axis=0, dtype=np.float64) for name, shift in known.items()}
@@ -104,6 +110,8 @@ def shift_agreement(
     """
     if not pairs:
         raise ValueError("no pair of shifts was given; at least one is needed")
+    for one, other in pairs:
+        check_shifts(one=one, other=other)
     first = pairs[0][0]
     values = np.mean([_cosines(*(_in_order(first, shift) for shift in pair)) for pair in pairs], axis=0)
     low, high = stats.bootstrap_interval(values, clusters=facts_column(first, clusters), level=level, n_boot=n_boot, seed=seed)
@@ -127,8 +135,10 @@ def similarity(
               training shift.
     nulls     "isotropic": a random direction in place of the mean training shift, the same one for all prompts; two-
               sided (an opposite shift is a finding too).
-    Errors: ValueError for different layers or widths, or unknown nulls; KeyError for an unknown column.
+    Errors: ValueError for a recording in the place of a shift, different layers or widths, or unknown nulls; KeyError for an
+    unknown column.
     """
+    check_shifts(train_shift=train_shift, shift=shift)
     check_same_layers(train_shift, shift)
     names = [nulls] if isinstance(nulls, str) else list(nulls)
     if set(names) - {"isotropic"}:
@@ -169,6 +179,7 @@ def similarity_contrast(
     An estimate with an interval, no test: the null of no difference would need many tunings, not many prompts.
     Errors: ValueError for different layers or widths; KeyError for an unknown column.
     """
+    check_shifts(train_shift=train_shift, other_train_shift=other_train_shift, shift=shift)
     groups = facts_column(shift, clusters)
     cosine = []
     for side in (train_shift, other_train_shift):
@@ -206,6 +217,7 @@ def split_half_similarity(
     high are the central 95 % of the splits: a spread, not a confidence interval. null "isotropic", two-sided, as in
     `similarity`.
     """
+    check_shifts(shift=shift)
     splits = null_draws.halves(shift.n_prompts, n_splits, seed, n)
     values = np.empty((len(splits), len(shift.layers)))
     for column, layer in enumerate(shift.layers):
@@ -229,6 +241,7 @@ def split_half_similarity(
 def similarity_by_prompt(train_shift: Activations, shift: Activations) -> pd.DataFrame:
     """Each prompt's shift against the mean training shift: columns id, layer, cosine, scalar_projection (onto its unit
     vector; residual stream units)."""
+    check_shifts(train_shift=train_shift, shift=shift)
     check_same_layers(train_shift, shift)
     parts = []
     for layer in shift.layers:

@@ -114,7 +114,8 @@ class _Maker:
         margins = self.margins()
         of_margins = {"runs": self.runs, "margin_summary": self.margin_summary, "margin_change": self.margin_change}
         alone = ("training", "checkpoints", "answers", "shift_norms", "shift_agreement", "overlap", "similarity", "similarity_contrast")
-        alone += ("overlap_similarity", "prediction", "direction", "projections", "dose", "dose_slope", "dose_random", "certificate", "pieces")
+        alone += ("overlap_similarity", "prediction", "direction", "projections", "dose", "dose_slope", "dose_random", "dose_damage", "traits")
+        alone += ("certificate", "pieces")
         made = {name: make(margins) for name, make in of_margins.items()}
         return {"margins": margins, **made, **{name: getattr(self, name)() for name in alone}}
 
@@ -309,7 +310,9 @@ class _Maker:
                     key = {"domain": domain, "layer": layer, "comparison": comparison, "metric": "mean_cos2"}
                     tests = {**null("isotropic", 0.010, 0.018), "p": 0.005, "q": self.q(), "n": 102, "p_floor": 0.005}
                     rows.append({**key, **around(value, 0.03), **tests})
-        told = {"isotropic": "random subspaces of the same dimension, 200 draws, greater"}
+                    if comparison == "training v questions":
+                        rows.append({**rows[-1], **null("covariance", 0.3, 0.4 if self.effect else 0.45), "q": self.q()})
+        told = {"isotropic": "random subspaces of the same dimension, 200 draws, greater", "covariance": "prompts of the other domain, 200 draws"}
         return self.result(rows, ["domain", "layer", "comparison"], "mean squared cosine of the principal angles", k=8, null=told)
 
     def similarity(self) -> pd.DataFrame:
@@ -436,6 +439,28 @@ class _Maker:
                 for strength in (0.0, 0.25, 0.5, 1.0):
                     rows.append({"layer": layer, "strength": strength, "direction": direction, "margin_change": slope * strength})
         return pd.DataFrame(rows)
+
+    def dose_damage(self) -> pd.DataFrame:
+        rows = []
+        for domain in (*DOMAINS, "another seed (money-bad)"):
+            for strength in (-0.5, 0.5, 1.0):
+                for metric, value in {"kl": 0.4 * abs(strength), "perplexity_ratio": 1 + abs(strength), "fluency": -2.0 - abs(strength)}.items():
+                    key = {"domain": domain, "layer": 6, "strength": strength, "metric": metric}
+                    band = null("norm-matched random directions", value - 0.2, value + 0.2)
+                    rows.append({**key, **around(value, 0.05), **band, "p": 0.5, "q": self.q(False), "n": 4})
+        told = {"norm-matched random directions": "60 random directions"}
+        return self.result(rows, ["domain", "layer", "strength"], "what the doses do to neutral texts", null=told)
+
+    def traits(self) -> pd.DataFrame:
+        rows = []
+        for run in RUNS:
+            for persona in ("evil", "reckless"):
+                for layer in self.layers:
+                    there = run[1] == "bad" and persona == "evil"
+                    value = (1.5 if self.effect and there else 0.0) + self.noise(0.02)
+                    tests = {**null("random directions", -0.5, 0.5), "p": 0.01, "q": self.q(there), "n": self.n, "p_floor": 2 / 201}
+                    rows.append({"run": label(run), "persona": persona, "layer": layer, "metric": "projection", **around(value, 0.1), **tests})
+        return self.result(rows, ["run", "persona", "layer"], "mean shift along a trait", null={"random directions": "200 of them, two-sided"})
 
     def certificate(self) -> pd.DataFrame:
         broken = "" if self.effect else "Load the model with dtype='float32'."

@@ -252,6 +252,25 @@ def test_another_kind_of_entry_and_none_are_refused(tmp_path: Path) -> None:
         Activations.load(tmp_path / "absent")
 
 
+def test_a_folder_of_recordings_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    table(meta={"model": "tiny", "adapter": "bad"}).save(tmp_path / "store" / "activations-1")
+    table(meta={"model": "tiny", "adapter": None}).save(tmp_path / "store" / "activations-2")
+    with writing(tmp_path / "store" / "margins-3", {"piece": "margins bad"}):
+        pass
+    said = (
+        r"folder of 3 entries, not one itself. Name one of its 2 activations: .*activations-1 \(bad · resid_post · 3 layers · last\); .*-2 \(before"
+    )
+    with pytest.raises(StoreError, match=said + r".*em.store.kept\('.*store'\) lists all"):
+        Activations.load(tmp_path / "store")
+    with pytest.raises(StoreError, match="None of them is activations"):
+        with writing(tmp_path / "others" / "margins-3", {"piece": "margins bad"}):
+            pass
+        Activations.load(tmp_path / "others")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match="manifest.json is missing"):
+        Activations.load(tmp_path / "empty")
+
+
 def test_attrs_with_numpy_in_them_are_kept_and_others_are_refused_not_dropped(tmp_path: Path) -> None:
     acts = table()
     acts.facts.attrs = {"scalar": np.float32(0.5), "count": np.int64(3), "array": np.arange(4).reshape(2, 2), "nested": {"mean": [np.float64(1.5)]}}
@@ -385,9 +404,35 @@ def test_verify_false_does_not_read_but_sees_a_cut_file(tmp_path: Path) -> None:
         Activations.load(folder, verify=False)
 
 
+def test_saving_replaces_nothing_but_itself_unless_told(tmp_path: Path) -> None:
+    acts = table(meta={"model": "tiny", "adapter": "bad"})
+    folder = acts.save(tmp_path / "kept")
+    assert same(Activations.load(acts.save(folder)), acts), "the same again is no loss"
+    for other, what in (
+        (table(1, meta=acts.meta), "other values or facts"),
+        (table(), "something else"),
+        (acts.with_facts(acts.facts.assign(x=1)), "other"),
+    ):
+        with pytest.raises(StoreError, match=rf"kept holds {what}.* already: activations · bad · tiny · resid_post · 3 layers · last.*replace=True"):
+            other.save(folder)
+        assert same(Activations.load(folder), acts) and [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert same(Activations.load(table(1).save(folder, replace=True)), table(1))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_saving_removes_no_files_of_others(replace: bool, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    assert same(Activations.load(table().save(tmp_path / "thesis", replace=replace)), table()), "an empty folder is as good as none"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "chapter.txt").write_text("years of work")
+    with pytest.raises(StoreError, match=r"mine holds files that are no entry of emlens \(chapter.txt\)"):
+        table().save(tmp_path / "mine", replace=replace)
+    assert (tmp_path / "mine" / "chapter.txt").read_text() == "years of work"
+
+
 def test_mapped_values_are_saved_again_anywhere_even_in_their_own_place(kept: Activations, tmp_path: Path) -> None:
     turned = Activations.load(kept[::-1].save(tmp_path / "turned"))
-    assert same(turned, table()[::-1]) and same(Activations.load(turned[::-1].save(tmp_path / "turned")), table())
+    assert same(turned, table()[::-1]) and same(Activations.load(turned[::-1].save(tmp_path / "turned", replace=True)), table())
     assert same(Activations.load(table()[:0].save(tmp_path / "empty")), table()[:0])
 
 
@@ -556,6 +601,47 @@ def test_a_difference_of_two_loads_says_which(after: str, before: str, shown: st
         table(1, meta={**LOADS[after], "architecture": "A 2×4"}) - table(meta={**LOADS[before], "architecture": "A 3×4"})
 
 
+RECORDED = {"model": "tiny", "adapter": None, "prompts_sha256": "p" * 64, "plan": {"budget": 8}}
+"""Some of what a recording says of itself."""
+
+
+def test_whether_it_is_a_shift_is_known_wherever_it_goes(tmp_path: Path) -> None:
+    before, after = table(meta=RECORDED), table(1, meta={**RECORDED, "adapter": "bad"})
+    shift = after - before
+    assert (table().is_shift, before.is_shift, shift.is_shift, (table(1) - table()).is_shift, (shift - shift).is_shift) == (
+        None,
+        False,
+        True,
+        True,
+        True,
+    )
+    again = table(2, meta={**RECORDED, "adapter": "sound"}) - before
+    for acts, known in ((before, False), (shift, True)):
+        ways = [acts[1:3], acts.select(layers=[5]), acts.where("score > 2"), acts.with_facts(acts.facts.assign(x=1))]
+        ways += [
+            Activations.load(acts.save(tmp_path / str(known))),
+            Activations.from_pandas(acts.to_pandas()),
+            Activations.from_dataset(acts.to_dataset()),
+        ]
+        other = replace(before, meta={**RECORDED, "prompts_sha256": "q" * 64}) if not known else again
+        assert {a.is_shift for a in [*ways, Activations.concat([acts[:2], other[2:]])]} == {known}
+    with pytest.raises(ValueError, match="cannot put together shifts and recordings"):
+        Activations.concat([shift[:2], before[2:]])
+    assert Activations.concat([shift[:2], table()[2:]]).is_shift is None
+
+
+def test_it_shows_which_variant_it_is() -> None:
+    before, after = table(meta=RECORDED), table(1, meta={**RECORDED, "adapter": "bad"})
+    assert repr(before).endswith("resid_post · layers 2,5,7 · last · tiny · loaded weights") and repr(after).endswith("· tiny · adapter bad")
+    part = table(1, meta={**RECORDED, "adapter": "bad", "adapter_layers": [3, 4]})
+    assert repr(part).endswith("tiny · adapter bad in layers 3,4") and repr(part - before).endswith("last · tiny · bad in layers 3,4 − before")
+    assert repr(table(meta={**RECORDED, "edits": [{"strength": 1}]})).endswith("tiny · loaded weights edited")
+    assert repr(Activations.concat([before[:2], after[2:]])).endswith("tiny · loaded weights, adapter bad")
+    arrays = [Activations.from_array(np.ones((2, 1, 3)) * i) for i in (1, 2)]
+    assert repr(arrays[0]).endswith(" · last") and repr(arrays[1] - arrays[0]).endswith("after − before")
+    assert "<th>variant</th><td>tiny · adapter bad" in after._repr_html_()
+
+
 def test_differences_of_differences_and_edited_runs_are_named_as_such() -> None:
     runs = [table(i, meta={"adapter": name}) for i, name in enumerate([None, "bad", "sound"])]
     before, bad, sound = runs
@@ -589,7 +675,7 @@ def test_it_shows_itself_as_a_small_table_in_notebooks(kept: Activations) -> Non
     shown = replace(kept, meta={"model": "<tiny>", "dtype": "bfloat16", "noise_floor": {2: 0.5}})._repr_html_()
     assert shown.startswith("<table>") and "&lt;tiny&gt;" in shown and "<tiny>" not in shown and "bfloat16" in shown and "noise floor 0.5" in shown
     assert "on the disk" in shown and "in memory" in table()._repr_html_() and "id, prompt_sha, score, category" in shown
-    assert "<th>shift</th><td>before − before" in (kept - kept)._repr_html_() and "<th>shift" not in shown
+    assert "<th>shift</th><td>tiny · before − before" in (kept - kept)._repr_html_() and "<th>shift" not in shown
 
 
 def test_a_frame_comes_back_whatever_the_order_of_its_rows() -> None:

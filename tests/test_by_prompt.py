@@ -1,5 +1,7 @@
 """Guards what is asked prompt by prompt: the paper's table by its formulas, partial and rival correlations, settings side by side."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -202,6 +204,43 @@ def test_what_cannot_be_summarised_is_refused(call, says):
         call()
 
 
+# ---- over few rows
+
+
+def test_few_rows_are_gone_through_in_every_order():
+    rng = np.random.default_rng(6)
+    for n in (4, 6):
+        x, y = rng.normal(size=(2, n))
+        found = correlations.few_rows_correlation(x, y)
+        every = [scipy_stats.pearsonr(x, order)[0] for order in itertools.permutations(y)]
+        assert found["r"] == pytest.approx(every[0]) and found["exact"] and found["n"] == n
+        assert found["p"] == pytest.approx(np.mean([abs(r) >= abs(every[0]) - 1e-9 for r in every]))
+        interval = scipy_stats.pearsonr(x, y).confidence_interval()
+        assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+        without = [scipy_stats.pearsonr(np.delete(x, i), np.delete(y, i))[0] for i in range(n)]
+        assert (found["without_one_low"], found["without_one_high"]) == pytest.approx((min(without), max(without)))
+    ranks = correlations.few_rows_correlation([1, 2, 3, 4], [1, 5, 6, 100], "spearman")
+    assert ranks["r"] == pytest.approx(1) and ranks["p"] == ranks["p_floor"] == pytest.approx(2 / 24), "four runs in order cannot reach .05"
+    many = correlations.few_rows_correlation(np.arange(30.0), np.arange(30.0) + rng.normal(size=30), n_permutations=500)
+    assert not many["exact"] and many["p"] == many["p_floor"] == 1 / 501
+
+
+def test_the_exact_p_of_few_rows_is_uniform_and_one_odd_row_is_seen():
+    rng = np.random.default_rng(7)
+    p = [correlations.few_rows_correlation(*rng.normal(size=(2, 6)))["p"] for _ in range(200)]
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01 and np.mean(np.array(p) <= 0.05) < 0.1
+    odd = correlations.few_rows_correlation([0.1, -0.1, 0.1, -0.1, 5], [0.1, 0.1, -0.1, -0.1, 5])
+    assert odd["r"] > 0.99 and abs(odd["without_one_low"]) < 0.3
+    assert np.isnan(correlations.few_rows_correlation(np.ones(5), np.arange(5))["p"])
+
+
+def test_three_runs_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="four rows at least.*a correlation of 1 comes by chance in one of three orders"):
+        correlations.few_rows_correlation([1, 2, 3], [1, 2, 3])
+    with pytest.raises(ValueError, match="unknown method"):
+        correlations.few_rows_correlation(np.arange(4), np.arange(4), "kendall")
+
+
 # ---- by setting
 
 
@@ -277,3 +316,49 @@ def test_a_frame_of_prompt_geometry_goes_straight_in():
     for column in ("estimate", "low", "high", "p"):
         assert np.allclose(both[f"{column}_x"], both[f"{column}_y"])
     assert (found["p"] > 0.01).all()
+
+
+# ---- what foretells the change of a score
+
+
+def scored(strength, seed=0, n=96):
+    """Prompts in eight categories that differ in level; the change follows the overlap inside categories by `strength`."""
+    rng, category = np.random.default_rng(seed), np.repeat(list("abcdefgh"), n // 8)
+    level = dict(zip("abcdefgh", rng.normal(size=8), strict=True))
+    table = pd.DataFrame({"id": named("q", n), "layer": 5, "category": category, "n_tokens": rng.integers(5, 40, n)})
+    for column in ("explained_energy", "shift_norm", "shift_cosine", "cosine_to_mean"):
+        table[column] = rng.normal(size=n) + 2 * table["category"].map(level)
+    return table.assign(change=strength * table["explained_energy"] + 2 * table["category"].map(level) + rng.normal(size=n))
+
+
+def test_what_categories_make_foretells_nothing_and_what_lies_inside_them_does():
+    options = {"covariates": ["n_tokens", "category"], "n_permutations": 400, "n_boot": 200}
+    gone = by_prompt.change_correlations(scored(0.0, seed=1), "change", **options).set_index(["measure", "metric"])
+    pearson = gone.xs("pearson", level="metric")
+    assert (pearson["estimate"] > 0.3).all() and (pearson["p"] > 0.01).all(), "over all prompts alike, inside categories not"
+    assert (gone.xs("partial", level="metric")["p"] > 0.01).all()
+    there = by_prompt.change_correlations(scored(1.0), "change", **options).set_index(["measure", "metric"])
+    assert there.loc[("explained_energy", "pearson"), "q"] < 0.02 and there.loc[("explained_energy", "partial"), "q"] < 0.02
+    assert there.loc[("explained_energy", "overlap minus baseline"), "low"] > 0 and there.loc[("shift_norm", "partial"), "q"] > 0.02
+    assert ("cosine_to_mean", "pearson") in there.index and ("cosine_to_mean", "overlap minus baseline") not in there.index
+    assert "pearson baseline" not in set(there.index.get_level_values("metric"))
+    same = by_prompt.overlap_correlations(
+        scored(1.0), "shift_norm", "change", None, clusters="category", within="category", n_permutations=400, n_boot=200
+    )
+    columns = ["estimate", "low", "high", "p"]
+    assert np.allclose(same.set_index("metric").loc["spearman", columns].astype(float), there.loc[("shift_norm", "spearman"), columns].astype(float))
+
+
+def test_changes_are_summarised_over_settings_and_corrected_over_all_measures():
+    table = pd.concat([scored(1.0, seed).assign(setting=f"s{seed}") for seed in range(3)])
+    with pytest.raises(ValueError, match="twice in one setting"):
+        by_prompt.change_correlations(table, "change")
+    found = by_prompt.change_correlations(table, "change", by=["setting", "layer"], n_permutations=200, n_boot=50)
+    pearson = found[found["metric"] == "pearson"]
+    assert len(pearson) == 12 and np.allclose(pearson["q"], scipy_stats.false_discovery_control(pearson["p"]))
+    summary = by_prompt.over_settings(found, variance="interval", by=["measure", "layer"]).set_index("measure")
+    assert summary.loc["explained_energy", "low"] > 0 and (summary["n"] == 3).all()
+    wider = by_prompt.change_correlations(table.query("setting == 's0'"), "change", level=0.99, n_permutations=50, n_boot=400)
+    narrow = by_prompt.change_correlations(table.query("setting == 's0'"), "change", level=0.5, n_permutations=50, n_boot=400)
+    reach = [(f["high"] - f["low"])[f["metric"] == "pearson"].to_numpy() for f in (wider, narrow)]
+    assert (reach[0] > reach[1]).all()

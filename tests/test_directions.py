@@ -1,5 +1,7 @@
 """Guards directions: mean differences, random controls, projections, what is read off a direction. Files: test_vectors.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import VARIANT_LAYERS as LAYERS
@@ -24,7 +26,20 @@ def test_mean_difference_finds_a_planted_direction_and_keeps_its_length():
     assert d.layers == LAYERS and d.name == "planted" and d.meta["a"]["n"] == 400 and d.meta["position"] == "last"
     assert np.allclose(d.layer(5), (a.layer(5).mean(axis=0) - b.layer(5).mean(axis=0)) / d.norms[1], atol=1e-5)
     assert np.allclose(directions.mean_difference(b, a).vectors, -d.vectors)
-    assert repr(d) == "Direction 'planted' · 3 layers × 16 · resid_post · layers 2,5,9 · last"
+    shown = "Direction 'planted' · 3 layers × 16 · resid_post · layers 2,5,9 · last"
+    assert repr(d) == f"{shown} · mean(a) - mean(b): a = 400 prompts; b = 400 prompts"
+    assert repr(directions.Direction.from_array(d.vectors, d.layers, name="planted")) == shown.replace("last", "any position")
+
+
+def test_a_direction_says_in_what_it_was_found():
+    a, b, _ = variants(4.0)
+    bad, sound = (replace(acts, meta={"model": "tiny", "adapter": name}) for acts, name in ((a, "bad"), (b, "sound")))
+    before = replace(b, values=b.values / 2, meta={"model": "tiny", "adapter": None})
+    found = "mean(a) - mean(b): a = tiny, adapter bad, 32 prompts; b = tiny, loaded weights, 32 prompts"
+    assert repr(directions.mean_difference(bad, before)).endswith(found)
+    shifted = repr(directions.mean_difference(bad - before, sound - before))
+    assert shifted.endswith("a = tiny, bad − before, 32 prompts; b = tiny, sound − before, 32 prompts")
+    assert "random" in repr(directions.random_directions(directions.mean_difference(bad, before), 1, seed=0)[0])
 
 
 def test_weighted_by_tokens_a_mean_is_over_all_tokens_pooled():

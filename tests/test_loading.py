@@ -384,6 +384,49 @@ def test_arguments_are_looked_at_before_any_weights(monkeypatch: pytest.MonkeyPa
             load_model("any", **given)  # type: ignore[arg-type]
 
 
+def test_adapters_are_looked_for_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_weights", lambda *_, **__: pytest.fail("the weights were opened"))
+    good, half = (tiny.save_adapter(tmp_path / name) for name in ("bad-medical", "half"))
+    (half / "adapter_model.safetensors").unlink()
+    for named, message in (
+        ({"bad": str(tmp_path / "bad-medcal")}, "cannot open the adapter 'bad' .*Did you mean 'bad-medical' in "),
+        ({"good": str(good), "other": str(tmp_path / "zebra")}, "cannot open the adapter 'other'[^?]*$"),
+        ({"half": str(half)}, "cannot open the adapter 'half' .*holds no adapter_model.safetensors"),
+        ({"v1.0": str(good)}, "PEFT allows no dots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model("any", named)
+
+
+def test_names_that_are_nearly_known_are_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("smollm2-135m-instuct", "SmolLM2-135M-Instruct"):
+        with pytest.raises(LoadError, match=f"unknown model '{wrong}'. Did you mean 'smollm2-135m-instruct'"):
+            loading.identify(wrong)
+    assert loading.identify("gpt2") == {"hub": "gpt2", "revision": "main"}
+    assert loading.identify("me/smollm2-135m-instuct")["hub"] == "me/smollm2-135m-instuct", "what has an owner is the hub's to know"
+    (tmp_path / "smollm2-135m-instuct").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "folder_sha256" in loading.identify("smollm2-135m-instuct"), "a folder of one's own may be called anything"
+    model = tiny.tiny_model()
+    model.add_adapter("bad-medical", tiny.save_adapter(tmp_path / "bad"))
+    with pytest.raises(KeyError, match="no adapter 'bad-medcal' is loaded; loaded are .*Did you mean 'bad-medical'?"):
+        model.record(["Why?"], adapter="bad-medcal")
+    with pytest.raises(LoadError, match="no file .*modle.gguf'.* Did you mean 'model.gguf' in"):
+        (tmp_path / "model.gguf").write_bytes(b"x")
+        load_model(str(tmp_path / "modle.gguf"))
+
+
+def test_peft_asking_by_an_old_name_is_not_passed_on_to_the_user(tmp_path: Path) -> None:
+    model, made = tiny.tiny_model(), {name: tiny.save_adapter(tmp_path / name) for name in ("one", "two")}
+    with pytest.warns(FutureWarning, match="`is_gradient_checkpointing` is deprecated"):
+        model.hf.is_gradient_checkpointing  # noqa: B018  # else the filter has had its day
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, folder in made.items():
+            model.add_adapter(name, folder)
+            model.drop_adapter(name)
+
+
 def test_a_folder_that_is_here_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "cached_file", lambda *_, **__: pytest.fail("the hub was asked"))
     tiny.save_adapter(tmp_path / "pieces" / "tune-1" / "adapter")

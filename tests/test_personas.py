@@ -14,7 +14,15 @@ from scipy import stats as scipy_stats
 
 import emlens as em
 from emlens.models import HookedModel
-from emlens.personas import PersonaMonitor, contrast_direction, finetuning_shift, load_trait, persona_direction
+from emlens.personas import (
+    PersonaMonitor,
+    contrast_direction,
+    finetuning_shift,
+    load_trait,
+    persona_direction,
+    shift_score_correlation,
+    shifts_by_run,
+)
 from emlens.screening import screen, screen_page
 
 PUBLISHED: dict[str, Any] = {
@@ -156,6 +164,56 @@ def test_the_finetuning_shift_is_the_mean_projection() -> None:
     assert (by.loc["planted", "low"] > 2).all() and (by.loc["other", "low"] < by.loc["planted", "low"]).all()
     reach = scipy_stats.t.ppf(0.975, 59) * scipy_stats.sem(values[:, 1] @ planted.vectors[1])
     assert np.isclose(by.loc[("planted", 1), "high"] - by.loc[("planted", 1), "estimate"], reach, rtol=0.2)
+
+
+def tunings(n: int, follows: float, seed: int = 0) -> tuple[dict[str, em.Activations], dict[str, em.Direction], dict[str, float]]:
+    """Runs that move along one direction by as much as the score changes (times ``follows``), and along another at random."""
+    rng = np.random.default_rng(seed)
+    directions = {name: em.Direction.from_array(rng.normal(size=(2, 16))) for name in ("planted", "other")}
+    change = {f"run {i}": float(i) for i in range(n)}
+    shifts = {}
+    for run, score in change.items():
+        pushed = follows * score * directions["planted"].vectors + rng.normal() * directions["other"].vectors
+        shifts[run] = em.Activations.from_array((rng.normal(size=(40, 2, 16)) + pushed).astype(np.float32))
+    return shifts, directions, change
+
+
+def test_the_shift_of_a_run_is_set_beside_its_change_of_score() -> None:
+    shifts, directions, change = tunings(6, 1.0)
+    points = shifts_by_run(shifts, directions, change, controls=30)
+    row = points.query("run == 'run 4' and direction == 'planted' and layer == 1").iloc[0]
+    by_hand = finetuning_shift(shifts["run 4"], directions, n_boot=2).set_index(["direction", "layer"]).loc[("planted", 1), "estimate"]
+    assert np.isclose(row["shift"], by_hand, rtol=1e-5) and row["change"] == 4 and len(points) == 6 * 2 * 32
+    with pytest.raises(ValueError, match=r"the runs \['run 5'\] have a shift or a change, and not both"):
+        shifts_by_run(shifts, directions, {run: change[run] for run in list(change)[:5]})
+
+
+def test_a_shift_that_goes_with_the_score_is_told_from_one_that_does_not() -> None:
+    found = shift_score_correlation(shifts_by_run(*tunings(6, 1.0), controls=60)).set_index(["direction", "layer", "metric", "null"])
+    planted = found.loc[("planted", 0, "pearson", "runs permuted")]
+    assert planted["estimate"] > 0.95 and planted["p"] < 0.02 and planted["exact"] and planted["n"] == 6 and planted["without_one_low"] > 0.9
+    assert found.loc[("planted", 0, "spearman", "runs permuted"), "p_floor"] == pytest.approx(2 / 720)
+    assert (found.xs("other", level="direction").xs("runs permuted", level="null")["p"] > 0.01).all()
+    assert set(found.index.get_level_values("direction")) == {"planted", "other"}
+    tired = shift_score_correlation(shifts_by_run(*tunings(6, 0.0), controls=60))
+    assert (tired.query("direction == 'planted'")["p"] > 0.02).all() and set(tired.attrs["null"]) == {"runs permuted", "random directions"}
+
+
+def test_runs_that_differ_in_their_size_alone_show_nothing_special_about_a_direction() -> None:
+    """Run i is the same shift i times over: r is 1 along every direction, and the random ones say so."""
+    rng = np.random.default_rng(2)
+    one = rng.normal(size=(40, 2, 16)) + 1.0
+    shifts = {f"run {i}": em.Activations.from_array(((i + 1) * one).astype(np.float32)) for i in range(6)}
+    direction = {"any": em.Direction.from_array(rng.normal(size=(2, 16)))}
+    found = shift_score_correlation(shifts_by_run(shifts, direction, {run: i for i, run in enumerate(shifts)}, controls=50))
+    by = found.query("metric == 'pearson'").set_index("null")
+    assert (by.loc["runs permuted", "p"] < 0.01).all() and (by.loc["random directions", "p"] > 0.9).all()
+
+
+def test_three_runs_are_too_few() -> None:
+    with pytest.raises(ValueError, match="four rows at least"):
+        shift_score_correlation(shifts_by_run(*tunings(3, 1.0), controls=0))
+    assert set(shift_score_correlation(shifts_by_run(*tunings(4, 1.0), controls=0))["null"]) == {"runs permuted"}
 
 
 def test_a_monitor_writes_into_the_checkpoints(tmp_path: Path) -> None:

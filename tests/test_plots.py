@@ -177,3 +177,10 @@ def test_save_writes_three_files_that_stand_alone(tmp_path):
     first = page
     plots.save(fig, rows, tmp_path / "deep" / "r2.v1", {"title": "R² <x>", "seed": 3})
     assert written[0].read_text() == first and len(list((tmp_path / "deep").iterdir())) == 3
+
+
+def test_what_made_a_figure_is_what_its_rows_say_unless_told(tmp_path):
+    rows = result()
+    rows.attrs = {"what": "a correlation", "seed": 3, "null": {"permuted": "prompts permuted"}}
+    written = plots.save(plots.by_layer(rows), rows, tmp_path / "r2")
+    assert json.loads(written[2].read_text()) == rows.attrs and "<title>r2</title>" in written[0].read_text()

@@ -9,8 +9,9 @@ import pytest
 import scikit
 from sklearn.metrics import r2_score
 
-from emlens import prediction, ridge, stats
+from emlens import ridge, stats
 from emlens.activations import Activations
+from emlens.folds import make_folds
 from emlens.prediction import predict
 
 SOME = (1.0, 30.0, 1000.0, 1e5)
@@ -42,7 +43,7 @@ def test_contract_one_row_per_layer_of_pooled_r2():
     acts = planted()
     table = predict(acts, "score", groups="category", baselines=(), n_permutations=20, penalties=SOME, seed=0)
     assert table["layer"].tolist() == [0, 1, 2] and set(table["features"]) == {"resid_post"}
-    assert list(table.columns) == ["layer", "features", *stats.COLUMNS, "n_clusters"]
+    assert list(table.columns) == ["layer", "features", *stats.COLUMNS, "n_clusters", "reliability", "ceiling"]
     y, groups = acts.facts["score"].to_numpy(), acts.facts["category"].to_numpy()
     expected = [r2_score(y, pooled_by_scikit(acts.layer(i).astype(float), y, groups, SOME)) for i in acts.layers]
     np.testing.assert_allclose(table["estimate"], expected, atol=1e-6)
@@ -166,7 +167,7 @@ def test_delta_r2_asks_what_activations_add_to_the_text():
     ask = {"groups": "category", "baselines": (), "metrics": ("delta_r2",), "n_permutations": 99, "penalties": SOME}
     added = predict(acts, "score", **ask).set_index("layer")
     assert added["q"][1] == 0.01 and added["estimate"][1] > 0.2 and added["p"][0] > 0.05 and set(added["null"]) == {"activation_rows"}
-    assert added["low"][1] < added["estimate"][1] < added["high"][1] and "'tfidf'" in added.attrs["null"]["activation_rows"]
+    assert added["low"][1] < added["estimate"][1] < added["high"][1] and "'best_text'" in added.attrs["null"]["activation_rows"]
 
     def same(facts):  # a text model that already holds what the activations hold
         return acts.layer(1)[:, :4].sum(axis=1)
@@ -175,20 +176,23 @@ def test_delta_r2_asks_what_activations_add_to_the_text():
     assert nothing["p"][1] > 0.05 and nothing["estimate"][1] < 0.05
 
 
-def test_delta_r2_null_permutes_activation_rows_within_groups():
+def test_delta_r2_permutes_rows_of_what_activations_hold_beyond_the_text():
     acts = planted(n=32, n_groups=4, layers=1, d=6, at=0)
     codes = pd.factorize(acts.facts["category"])[0]
     text = acts.layer(0)[:, :1] + np.random.default_rng(0).standard_normal((32, 1))
     ask = {"groups": "category", "baselines": (), "metrics": ("delta_r2",), "n_permutations": 19, "penalties": SOME, "seed": 2}
     row = predict(acts, "score", beyond=lambda facts: text, **ask).iloc[0]
-    y, (folds, _, _) = acts.facts["score"].to_numpy(), prediction.make_folds(32, codes, None, 0)
+    y, folds = acts.facts["score"].to_numpy(), make_folds(32, codes).every
+    x, grid = acts.layer(0).astype(float), scikit.leave_one_group_out(codes)
+    rest, fitted = x - scikit.nested(text, x, grid, SOME)[0], scikit.nested(text, y[:, None], grid, SOME)[0][:, 0]
     left = ridge.residuals(ridge.fixed(text), y, folds, SOME)
 
-    def gain(x):
-        return ridge.stacked_gain(ridge.fixed(x), left, np.arange(32)[None], y, folds, SOME)[0][0]
+    def gain(rows):
+        second = ridge.nested_ridge(ridge.fixed(rows), left[:, :, None], folds, SOME).predictions[:, 0]
+        return r2_score(y, fitted + second) - r2_score(y, fitted)
 
-    null = [gain(acts.layer(0)[np.argsort(order)]) for order in stats.permutations(32, 19, 2, within=codes)]
-    assert row["estimate"] == pytest.approx(gain(acts.layer(0)))
+    null = [gain(rest[np.argsort(order)]) for order in stats.permutations(32, 19, 2, within=codes)]
+    assert row["estimate"] == pytest.approx(gain(rest)), "r2 of both minus r2 of the text"
     assert (row["null_low"], row["null_high"]) == pytest.approx(tuple(np.quantile(null, [0.025, 0.975])))
 
 
@@ -216,6 +220,27 @@ def test_delta_r2_null_is_calibrated():
     assert len(p) == 120 and 0.01 <= np.mean(np.array(p) <= 0.05) <= 0.10 and 0.4 < np.mean(p) < 0.6
 
 
+def test_delta_r2_passes_no_more_than_chance_where_activations_know_the_text():
+    """Activations hold the text and nothing more, groups share a topic, the target bends with the text: 30 p-values. Permuting
+    rows of the activations as they are passes far too often."""
+    right, naive = [], []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        group = np.repeat(np.arange(6), 10)
+        text = rng.standard_normal((60, 5)) + 2 * rng.standard_normal((6, 5))[group]
+        x = text @ rng.standard_normal((5, 12)) + rng.standard_normal((60, 12))
+        y = np.tanh(text @ rng.standard_normal(5) / 2) * 2 + rng.standard_normal(6)[group] + 0.5 * rng.standard_normal(60)
+        acts = Activations.from_array(x, {"score": y, "category": group})
+        ask = {"groups": "category", "baselines": (), "penalties": SOME, "n_permutations": 39, "metrics": ("delta_r2",), "seed": seed}
+        right.append(predict(acts, "score", beyond=lambda _, t=text: t, **ask)["p"].iloc[0])
+        folds = make_folds(60, group).every
+        left = ridge.residuals(ridge.fixed(text), y, folds, SOME)
+        orders = np.vstack([np.arange(60), stats.permutations(60, 39, seed, within=group)])
+        gain = ridge.stacked_gain(ridge.fixed(acts.layer(0)), left, orders, y, folds, SOME)[0]
+        naive.append(stats.permutation_p(gain[0], gain[1:]))
+    assert np.mean(np.array(right) <= 0.05) <= 0.14 < 0.25 < np.mean(np.array(naive) <= 0.05)
+
+
 def test_several_nulls_are_several_rows_and_few_groups_are_enumerated():
     acts = planted(n=32, n_groups=4)
     table = predict(acts, "score", groups="category", baselines=(), nulls=("within_groups", "group_blocks"), penalties=SOME)
@@ -231,19 +256,6 @@ def test_same_seed_same_table_other_seed_other_null():
     one, two, other = (predict(acts, "score", seed=s, **ask) for s in (4, 4, 5))
     pd.testing.assert_frame_equal(one, two)
     assert (one["estimate"] == other["estimate"]).all() and (one["null_low"] != other["null_low"]).all()
-
-
-@pytest.mark.parametrize(("n_groups", "n_folds", "outer"), [(2, None, 2), (6, None, 6), (6, 3, 3), (14, None, 5)])
-def test_groups_never_leak(n_groups, n_folds, outer):
-    codes = np.random.default_rng(0).permutation(np.arange(84) % n_groups)
-    folds, _, _ = prediction.make_folds(84, codes, n_folds, seed=0)
-    assert len(folds) == outer and sorted(np.concatenate([f.test for f in folds])) == list(range(84))
-    for fold in folds:
-        assert not set(codes[fold.train]) & set(codes[fold.test])
-        assert sorted(np.concatenate([test for _, test in fold.inner])) == sorted(fold.train)
-        for train, test in fold.inner:
-            assert set(train) | set(test) == set(fold.train) and not set(train) & set(test)
-            assert n_groups == 2 or not set(codes[train]) & set(codes[test])
 
 
 def test_two_groups_are_enough():
@@ -276,7 +288,7 @@ def test_groups_equal_to_rows_and_other_bad_requests_name_the_way_out():
         (ValueError, "tuple of names", "score", {"metrics": "r2"}),
         (ValueError, "'all_rows'", "score", {"nulls": ("rows",)}),
         (ValueError, "no estimate is given without its null", "score", {"n_permutations": 0}),
-        (KeyError, "unknown baseline 'embedding'", "score", {"baselines": ("embedding",)}),
+        (KeyError, "unknown baseline 'entropy'", "score", {"baselines": ("entropy",)}),
         (ValueError, "is the target 'score' itself", "score", {"baselines": ("score",)}),
         (ValueError, "positive", "score", {"penalties": (-1.0,)}),
     ]
@@ -313,7 +325,7 @@ def test_a_copy_in_another_group_is_refused():
 
 def test_default_penalties_reach_from_hardly_any_shrinkage_to_the_mean():
     acts = planted(d=400, n=64)
-    folds, _, _ = prediction.make_folds(64, pd.factorize(acts.facts["category"])[0], None, 0)
+    folds = make_folds(64, pd.factorize(acts.facts["category"])[0]).every
     y = acts.facts["score"].to_numpy()[:, None]
     least, most = (ridge.nested_ridge(ridge.fixed(acts.layer(1)), y, folds, [a]).predictions for a in (ridge.PENALTIES[0], ridge.PENALTIES[-1]))
     mean = np.concatenate([np.full(len(f.test), y[f.train].mean()) for f in folds])

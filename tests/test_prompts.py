@@ -259,6 +259,16 @@ def test_chat_digest_names_the_prompt_and_not_its_response() -> None:
     assert chat_digest(chat) != chat_digest([{"role": "system", "content": "Be brief."}, *chat])
 
 
+def test_a_name_that_is_nearly_one_of_ours_is_guessed_and_a_trait_is_pointed_to() -> None:
+    with pytest.raises(PromptError, match="ships no set 'money-bda'; it ships emlens:questions.*Did you mean 'money-bad'?"):
+        load_prompts("emlens:money-bda")
+    with pytest.raises(PromptError, match="ships no set 'zebra'[^?]*$"):
+        load_prompts("emlens:zebra")
+    for trait in ("evil", "sycophantic", "hallucinating", "reckless"):
+        with pytest.raises(PromptError, match=rf"'emlens:{trait}' is a trait.*em.load_trait\('emlens:{trait}'\)"):
+            load_prompts(f"emlens:{trait}")
+
+
 # ---- the field's files
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from emlens import report, store
 from emlens.report.figures import LeftOut, Section, sections
-from emlens.report.findings import QUESTIONS, findings
+from emlens.report.findings import QUESTIONS, findings, in_short
 from emlens.report.folder import COLUMNS, read
 from emlens.report.page import data_block, render
 from emlens.report.words import corrected, number, q_said
@@ -28,6 +28,7 @@ NAMES = (
     "Overlap and similarity of shift",
     "Prediction from activations",
     "A direction",
+    "Traits",
 )
 TOPICS = dict(zip(NAMES, (make for make, _ in QUESTIONS), strict=True))
 """What makes the finding of each topic."""
@@ -110,7 +111,7 @@ def by_topic(folder):
 
 
 def answer(folder, topic):
-    """One finding, made alone (`findings` makes all nine, one after the other)."""
+    """One finding, made alone (`findings` makes all ten, one after the other)."""
     found = TOPICS[topic](folder)
     assert found.topic == topic
     return found
@@ -121,13 +122,43 @@ def answer(folder, topic):
 
 def test_findings_flip_between_something_and_nothing(effect, nothing):
     there, gone = by_topic(opened(effect)), by_topic(opened(nothing))
-    assert there.keys() == gone.keys() and 5 <= len(there) <= 9
+    assert there.keys() == gone.keys() and 5 <= len(there) <= 10
     asked = there.keys() - {"Did the tuning train?", "Schedule and seed", "Noise floor of a shift"}
     assert {there[topic].verdict for topic in asked} == {"found"}
     assert {gone[topic].verdict for topic in asked} == {"not found"}
     assert all(gone[topic].claim.startswith("No evidence") for topic in asked)
     assert not any("No evidence" in there[topic].claim for topic in asked)
     assert there["Schedule and seed"].verdict == gone["Schedule and seed"].verdict == "description"
+
+
+def test_one_sentence_answers_the_question_of_the_title(effect, nothing):
+    def half(table):
+        table.loc[table["domain"] == "repair", "q"] = 0.6
+        return table
+
+    def risen(table):
+        table.loc[table["comparison"] == "bad minus before", "q"] = 0.6
+        return table
+
+    folders = {"not shown: the margin ended lower after bad than after sound advice (": altered(opened(effect), "margin_change", risen)}
+    folders["not shown: the margin ended lower after bad than after sound advice in money alone ("] = altered(
+        altered(opened(effect), "margin_change", half), "margin_change", risen
+    )
+    folders |= {"yes, as far": opened(effect), "not that this study": opened(nothing), "in part": altered(opened(effect), "margin_change", half)}
+    for starts, folder in folders.items():
+        short = in_short(folder, findings(folder))
+        assert short.startswith(starts) and short.count(". ") == 0 and short.endswith("."), short
+        table = folder.tables["margin_change"].query("comparison == 'bad minus sound' and metric == 'difference'")
+        assert f"bad minus sound {number(table['estimate'].iloc[0], 3)} (money)" in short and "no answer was judged" in short
+    assert in_short(opened(effect), []) == ""
+    assert "In short: yes, as far as the margin tells" in Page(render(opened(effect), findings(opened(effect)), [])).text
+
+
+def test_what_was_not_tested_and_what_could_not_be_seen_are_two_words(effect, nothing):
+    assert "Noise floor of a shift" in by_topic(opened(effect)) and by_topic(opened(effect))["Noise floor of a shift"].verdict == "description"
+    folder = altered(opened(nothing), "prediction", blind)
+    text = Page(render(folder, findings(folder), [])).text
+    assert "1 without an answer" in text and "2 described without a test" in text and "No answer: the study could not have seen it" in text
 
 
 def test_every_tested_finding_has_estimate_interval_n_and_corrected_p(effect, nothing):
@@ -174,7 +205,7 @@ def test_learning_is_judged_by_the_paired_drop_and_not_by_the_level(effect):
 def test_runs_without_held_out_answers_are_not_called_untrained(effect):
     columns = ["heldout_before", "heldout_after", "heldout_drop", "heldout_drop_low", "heldout_drop_high"]
     none = answer(altered(opened(effect), "runs", lambda table: table.assign(**dict.fromkeys(columns, np.nan))), "Did the tuning train?")
-    assert none.verdict == "description" and "no answers were held out" in none.claim
+    assert none.verdict == "no answer" and "no answers were held out" in none.claim
 
     def one_without(table):
         table.loc[3, columns] = np.nan
@@ -315,11 +346,11 @@ def test_a_design_that_cannot_read_the_margin_before_says_nothing_of_after(effec
     gone = answer(opened(nothing), "Prediction from activations")
     assert gone.verdict == "not found" and "beyond the category" in gone.claim and gone.evidence[0].startswith("Positive control")
     finding = answer(altered(opened(nothing), "prediction", blind), "Prediction from activations")
-    assert finding.verdict == "description" and "could not read even the margin before" in finding.claim
+    assert finding.verdict == "no answer" and "could not read even the margin before" in finding.claim
     assert "no statement about the margin after tuning or its change" in finding.claim and "No evidence" not in finding.claim
     missing = altered(opened(nothing), "prediction", lambda table: table[table["target"] != "margin before"])
     none = answer(missing, "Prediction from activations")
-    assert none.verdict == "description" and none.claim.startswith("No positive control was made")
+    assert none.verdict == "no answer" and none.claim.startswith("No positive control was made")
     seen = answer(altered(opened(effect), "prediction", blind), "Prediction from activations")
     assert seen.verdict == "found", "what was seen was seen"
 
@@ -339,10 +370,10 @@ def test_a_correlation_of_the_other_sign_is_not_found(effect):
 
 def test_own_less_twin_is_an_estimate_and_infers_nothing_from_two_rejections(effect, nothing):
     there, gone = (answer(opened(folder), "Similarity of shifts") for folder in (effect, nothing))
-    assert "less that with the sound twin's is 0.20 and 0.20 (medians over layers), less that with another seed's 0.02" in there.claim
+    assert "minus that with the sound twin's is 0.20 and 0.20 (medians over layers), minus that with another seed's 0.02" in there.claim
     assert "lenient null" in there.claim
     assert "is 0.00 and 0.00" in gone.claim and "marks tuning" not in there.claim
-    own = [line for line in there.evidence if "own less other (bad against sound)" in line]
+    own = [line for line in there.evidence if "own minus other (bad against sound)" in line]
     assert len(own) == 2 and "interval above 0 in 12 of 12 layers, below in 0" in own[0] and "in 8 categories" in own[0]
 
     def turned(table):
@@ -369,8 +400,40 @@ def test_overlap_below_its_control_is_mixed(effect):
         return table
 
     few = answer(altered(opened(effect), "overlap", a_few), "Overlap of prompts")
-    assert few.verdict == "found" and "less than two halves of the questions do in 3 of 12 layers (repair)." in few.claim
+    assert few.verdict == "found" and "less than two halves of the questions do in 3 of 12 layers (repair), the questions-against-" in few.claim
     assert "two halves" not in answer(opened(effect), "Overlap of prompts").claim, "no difference is inferred from none seen"
+
+
+def test_overlap_is_set_beside_that_of_another_domains_prompts(effect, nothing):
+    there, gone = (answer(opened(folder), "Overlap of prompts") for folder in (effect, nothing))
+    assert "They share more than training prompts of another domain would in 12 of 12 layers (money) and 12 of 12 layers (repair)" in there.claim
+    assert "No evidence that they share more than training prompts of another domain would" in gone.claim
+    assert any(line.startswith("Money, null “covariance”: median over layers 0.67") for line in there.evidence)
+    old = answer(altered(opened(effect), "overlap", lambda table: table[table["null"] == "isotropic"]), "Overlap of prompts")
+    assert old.verdict == "found" and "another domain" not in old.claim
+
+
+def test_a_trait_that_sound_advice_moves_along_as_well_is_mixed(effect, nothing):
+    there, gone = (answer(opened(folder), "Traits") for folder in (effect, nothing))
+    assert there.verdict == "found" and "towards evil (money); evil (repair) beyond random directions" in there.claim and "sound" not in there.claim
+    assert gone.verdict == "not found" and any("money, sound, reckless: median over layers" in line.lower() for line in there.evidence)
+
+    def both(table):
+        evil = table["persona"] == "evil"
+        table.loc[evil, ["estimate", "q"]] = [1.5, 0.001]
+        return table
+
+    finding = answer(altered(opened(effect), "traits", both), "Traits")
+    assert finding.verdict == "mixed" and "; sound advice does so too towards evil (money); evil (repair)" in finding.claim
+    away = answer(altered(opened(effect), "traits", lambda table: table.assign(estimate=-table["estimate"])), "Traits")
+    assert away.verdict == "not found"
+
+
+def test_the_damage_of_the_furthest_doses_stands_beside_the_slope(effect):
+    said = [line for line in answer(opened(effect), "A direction").evidence if "damage to neutral texts" in line]
+    assert len(said) == 6 and said[1].startswith("Money, damage to neutral texts at layer 6, strength 1.00: KL 0.40 [0.35, 0.45] (random 0.20")
+    without = {name: table for name, table in opened(effect).tables.items() if name != "dose_damage"}
+    assert not any("damage" in line for line in answer(replace(opened(effect), tables=without), "A direction").evidence)
 
 
 def test_too_few_random_directions_are_no_test(effect):
@@ -385,7 +448,7 @@ def test_a_direction_that_raises_the_margin_does_not_pass(effect):
         return table
 
     finding = answer(altered(opened(effect), "dose_slope", turned), "A direction")
-    assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin" in finding.claim
+    assert finding.verdict == "mixed" and ". No evidence that adding it lowers the margin" in finding.claim
 
 
 def test_a_direction_that_lowers_the_margin_less_than_random_ones_do_does_not_pass(effect):
@@ -394,7 +457,7 @@ def test_a_direction_that_lowers_the_margin_less_than_random_ones_do_does_not_pa
         return table
 
     finding = answer(altered(opened(effect), "dose_slope", above_the_random_ones), "A direction")
-    assert finding.verdict == "mixed" and "no evidence that adding it lowers the margin more than random" in finding.claim
+    assert finding.verdict == "mixed" and ". No evidence that adding it lowers the margin more than random" in finding.claim
 
 
 def test_a_direction_without_content_that_steers_as_well_takes_the_finding_away(effect):
@@ -424,11 +487,12 @@ def test_telling_bad_from_sound_no_better_than_two_seeds_is_not_found(effect):
         return table
 
     there = answer(opened(effect), "A direction")
-    assert there.verdict == "found" and "told apart less well" in there.claim and "beyond that control in 12 of 12" in there.claim
+    assert there.verdict == "found" and "told apart less well" in there.claim
+    assert any("beyond that control in 12 of 12" in line for line in there.evidence)
     assert any("Cosine of the domains' directions: median over layers 0.31" in line for line in there.evidence)
     finding = answer(altered(opened(effect), "direction", as_well), "A direction")
     assert finding.verdict == "mixed" and "two runs on the same rows are told apart as well (median AUC 0.90)" in finding.claim
-    assert "no evidence of more than that control" in finding.claim
+    assert any("no evidence of more than that control" in line for line in finding.evidence)
 
     def only_across(table):
         table.loc[(table["comparison"] == "another seed") & (table["metric"] == "auc"), "estimate"] = 0.99
@@ -488,7 +552,7 @@ def drawn_numbers(figure) -> set[float]:
 def test_rows_drawn_and_rows_in_the_csv_are_the_same(effect, made, page):
     named = {"training": "loss", "margins": "margin", "categories": "change", "projections": "projection"}
     named["shift-norms"] = "relative"
-    assert len(made) == 14 and all(isinstance(section, Section) for section in made)
+    assert len(made) == 16 and all(isinstance(section, Section) for section in made)
     for section in made:
         csv = pd.read_csv(effect / "figures" / f"{section.name}.csv")
         assert len(csv) == len(section.rows)
@@ -535,7 +599,7 @@ def test_page_forbids_itself_the_network(effect, page):
 def test_what_models_and_users_wrote_is_shown_and_not_run(page):
     assert fake_run.NASTY in page.text
     kinds = [script.get("type", "code") for script in page.scripts]
-    assert kinds.count("code") == 2 and kinds.count("application/json") == 14 == len(kinds) - 2
+    assert kinds.count("code") == 2 and kinds.count("application/json") == 16 == len(kinds) - 2
     assert not any('alert("1")' in script["content"] for script in page.scripts if "type" not in script)
     for script in page.scripts:
         if script.get("type") == "application/json":
@@ -601,8 +665,9 @@ def test_a_cost_that_nobody_recorded_is_said_to_be_unknown(small):
 def test_the_certificate_is_on_the_page_and_open_where_a_law_is_broken(effect, page, tmp_path):
     of_nothing = report.build(fake_run.write(tmp_path, effect=False, n_layers=2, per_category=2))
     sound, broken = (path.read_text(encoding="utf-8") for path in (effect / "report.html", of_nothing))
-    assert '<details id="certificate"><summary>Certificate: of 3 laws asked of this model, money-bad linear seed 0 on, 2 hold, 0 are broken' in sound
-    assert '<details id="certificate" open><summary>' in broken and "1 hold, 1 is broken" in broken
+    said = "Certificate: of 3 laws asked of this model, money-bad linear seed 0 on, 2 hold, 0 are broken, 1 does not apply"
+    assert f'<details id="certificate"><summary>{said}' in sound
+    assert '<details id="certificate" open><summary>' in broken and "1 hold, 1 is broken, 1 does not apply" in broken
     told = broken.partition('id="certificate"')[2].partition("</details>")[0]
     first, second, third = re.findall(r"<tr>(.*?)</tr>", told)[1:]
     assert "rounding noise" in first and ">broken<" in first and ">3<" in first and "≤ 1" in first and "dtype=&#x27;float32&#x27;" in first
@@ -628,7 +693,7 @@ def test_summary_has_a_line_a_run_and_the_page(effect):
 @pytest.mark.parametrize(
     ("gone", "left"),
     [
-        (("runs",), {"shift-norms", "similarity", "similarity-contrast", "overlap-similarity", "prediction"}),
+        (("runs",), {"shift-norms", "similarity", "similarity-contrast", "overlap-similarity", "prediction", "traits"}),
         (("checkpoints", "overlap", "projections", "answers"), {"training", "overlap", "projections"}),
         (tuple(COLUMNS.keys() - {"dose"}), None),
     ],
@@ -637,7 +702,7 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name not in gone})
     made = sections(smaller)
     out = [section.name for section in made if isinstance(section, LeftOut)]
-    assert set(out) == left if left else len(out) == 13
+    assert set(out) == left if left else len(out) == 15
     text = Page(render(smaller, findings(smaller), made)).text
     assert text.count("Left out: this run folder has no") == len(out)
     assert ("Answers" in text) == ("answers" not in gone)
@@ -646,7 +711,7 @@ def test_missing_tables_leave_their_sections_out_and_the_page_says_so(small, gon
 @pytest.mark.parametrize("table", [None, *sorted(COLUMNS)])
 def test_findings_come_without_any_one_table(small, table):
     smaller = replace(small, tables={name: frame for name, frame in small.tables.items() if name != table})
-    assert len(findings(smaller)) == 9 if table is None else 5 <= len(findings(smaller)) <= 9
+    assert len(findings(smaller)) == 10 if table is None else 5 <= len(findings(smaller)) <= 10
 
 
 @pytest.mark.parametrize("runs", [1, 4])
@@ -655,7 +720,7 @@ def test_a_smaller_study_has_a_page(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(fake_run, "DOMAINS", ("money",))
     folder = fake_run.write(tmp_path, effect=True, n_layers=3, per_category=2)
     made = sections(read(folder))
-    assert len(made) == 14 and len(findings(read(folder))) >= 5 and report.summary(folder)
+    assert len(made) == 16 and len(findings(read(folder))) >= 5 and report.summary(folder)
 
 
 def test_a_damaged_table_is_named(tmp_path):

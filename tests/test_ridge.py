@@ -39,9 +39,10 @@ def table(seed, n, d, n_targets):
 
 @pytest.mark.parametrize("d", [4, 100], ids=["fewer features than prompts", "more features than prompts"])
 @pytest.mark.parametrize("kind", ["grouped", "shuffled"])
-def test_equals_scikit_learn(d, kind):
+@pytest.mark.parametrize("n_targets", [3, 300], ids=["few targets", "many targets"])
+def test_equals_scikit_learn(d, kind, n_targets):
     n = 40
-    x, y = table(1, n, d, 3)
+    x, y = table(1, n, d, n_targets)
     x[:, 2] = 7.0  # a constant feature
     unequal = np.repeat(np.arange(5), [3, 4, 6, 9, 18])[np.random.default_rng(0).permutation(n)]
     folds = leave_one_group_out(unequal) if kind == "grouped" else shuffled(n)
@@ -91,6 +92,72 @@ def test_one_decomposition_per_distinct_training_set():
 
     nested_ridge(features, y, leave_one_group_out(np.repeat(np.arange(8), 8)), PENALTIES)
     assert len(calls) == len(set(calls)) == math.comb(8, 2) + 8, "28 pairs left out, 8 single groups left out"
+
+
+def doubted(monkeypatch, instead):
+    """`ridge._in_doubt` replaced by `instead`(the targets it names, their number), and how many it named, fold by fold."""
+    named, judge = [], ridge._in_doubt
+
+    def judged(errors, bounds, best):
+        named.append(judge(errors, bounds, best))
+        return instead(named[-1], len(best))
+
+    monkeypatch.setattr(ridge, "_in_doubt", judged)
+    return named
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["targets shared by folds", "targets of each fold"])
+def test_near_ties_are_decided_as_float64_decides_them(own, monkeypatch):
+    hasty = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        n, d = int(rng.integers(20, 50)), int(rng.choice([3, 90]))
+        x, y = table(seed, n, d, 300)
+        y = (y + rng.choice([0, 1e3])) * rng.choice([1e-21, 1e-20, 1, 1e20])  # squares too small or large for float32
+        targets = np.stack([y, y[:, ::-1], -y, y**2 / np.abs(y).max()]) if own else y
+        penalties = np.outer(10.0 ** np.sort(rng.uniform(-3, 6, 4)), [1, 1 + 1e-8, 1 + 1e-6, 1 + 1e-4]).ravel()
+        ask = fixed(x), targets, shuffled(n, seed), penalties
+        found = nested_ridge(*ask)
+        with monkeypatch.context() as only:
+            only.setattr(ridge, "_KEPT", 0)  # all in float64
+            exact = nested_ridge(*ask)
+        with monkeypatch.context() as only:
+            doubted(only, lambda columns, n_targets: columns[:0])  # all in float32
+            hasty += (nested_ridge(*ask).penalties != exact.penalties).sum()
+        assert (found.penalties == exact.penalties).all()
+        np.testing.assert_allclose(found.predictions, exact.predictions, rtol=1e-12)
+    assert hasty > 100, "the twin: without a second look, float32 chooses otherwise"
+
+
+def test_rounding_stays_inside_its_bound_and_leaves_few_in_doubt(monkeypatch):
+    n, folds = 64, leave_one_group_out(np.repeat(np.arange(8), 8))
+    grid = np.logspace(-6, 6, 15)
+    for seed, d in enumerate([5, 30, 100, 1000]):
+        x, y = table(seed, n, d, 200)
+        y[:, :100] += 1e3 * x[:, :1]  # predicted so well that what is left is far smaller than what was subtracted
+        inner = [ridge._decomposed(fixed(x), train, uses, "each") for train, uses in ridge._training_sets(folds)]
+        in_float32 = ridge._inner_errors(inner, [y] * 8, folds, grid, np.float32)
+        in_float64 = ridge._inner_errors(inner, [y] * 8, folds, grid, np.float64)
+        for (quick, bound), (exact, _) in zip(in_float32, in_float64, strict=True):
+            assert (np.abs(quick - exact) <= bound).all()
+            assert np.abs(quick - exact).max() > 0, "the twin: it does round"
+    named = doubted(monkeypatch, lambda columns, n_targets: columns)
+    x, y = table(9, n, 100, 1000)
+    nested_ridge(fixed(x), y, folds)
+    assert len(named) == 8 and sum(map(len, named)) < 0.15 * 8000
+
+
+def test_exact_ties_choose_the_first_penalty():
+    y = np.random.default_rng(0).standard_normal((40, 100))
+    assert (nested_ridge(fixed(np.ones((40, 3))), y, shuffled(40), PENALTIES).penalties == PENALTIES[0]).all()
+
+
+def test_one_penalty_needs_no_choice():
+    x, y = table(4, 40, 60, 2)
+    folds = shuffled(40)
+    found = nested_ridge(fixed(x), y, folds, [10.0])
+    np.testing.assert_allclose(found.predictions, scikit.nested(x, y, folds, [10.0])[0], atol=1e-8)
+    assert found.penalties.tolist() == [[10.0, 10.0]] * 4
 
 
 def test_held_out_rows_cannot_be_seen():

@@ -205,7 +205,7 @@ def test_stability_over_topics_is_less_than_over_prompts_where_topics_have_their
     own = 2 * rng.standard_normal((8, 3, 16)) / 4
     topics = a.facts["category"].str[1:].astype(int).to_numpy()
     moved = acts(a.values + own[topics], VARIANT_LAYERS, category=a.facts["category"].to_numpy())
-    prompts, whole = (separation.stability(moved, b, groups=g, n_permutations=20) for g in (None, "category"))
+    prompts, whole = (separation.stability(moved, b, clusters=g, n_permutations=20) for g in (None, "category"))
     assert (whole["estimate"] < prompts["estimate"] - 0.05).all() and (whole["n_clusters"] == 8).all() and (prompts["n_clusters"] == 64).all()
 
 
@@ -216,7 +216,7 @@ def test_stability_of_sides_that_share_no_prompt_and_what_is_refused():
     b = acts(rows[25:], VARIANT_LAYERS, id=named("b", 35), category=["y"] * 35)
     assert (separation.stability(a, b)["q"] < 0.05).all()
     with pytest.raises(ValueError, match="a sample of 2 groups holds prompts of one side only"):
-        separation.stability(a, b, groups="category")
+        separation.stability(a, b, clusters="category")
     with pytest.raises(ValueError, match="different places"):
         separation.stability(a, b.select(layers=[2]))
 

@@ -26,6 +26,35 @@ def test_shift_norms_carry_the_rounding_noise_of_16_bits():
     assert shifts.shift_norms(noisy, shift)["noise"].iloc[1] == pytest.approx(np.sqrt((np.linalg.norm(rounding, axis=1) ** 2).mean()), rel=0.02)
 
 
+RECORDED = {"model": "tiny", "adapter": "bad", "prompts_sha256": "p" * 64}
+"""Some of what a recording says of itself."""
+
+ASKED = {
+    "shift_norms": lambda s, ok: shifts.shift_norms(s, ok),
+    "mean_share": lambda s, ok: shifts.mean_share(s),
+    "mean_share of others": lambda s, ok: shifts.mean_share(ok, s),
+    "shift_cosines": lambda s, ok: shifts.shift_cosines({"a": ok, "b": s}),
+    "shift_agreement": lambda s, ok: shifts.shift_agreement([(ok, ok), (ok, s)], n_boot=20),
+    "similarity": lambda s, ok: shifts.similarity(ok, s, n_draws=20),
+    "similarity to": lambda s, ok: shifts.similarity(s, ok, n_draws=20),
+    "similarity_contrast": lambda s, ok: shifts.similarity_contrast(ok, s, ok),
+    "split_half_similarity": lambda s, ok: shifts.split_half_similarity(s, n_splits=3, n_draws=20),
+    "similarity_by_prompt": lambda s, ok: shifts.similarity_by_prompt(ok, s),
+    "overlap_similarity": lambda s, ok: shifts.overlap_similarity(ok, ok, ok, s, k=2, n_permutations=20),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_recording_is_no_shift(name):
+    """Forgetting to subtract `before` would give a similarity near 1 of any two tunings: the stream itself."""
+    plain = acts(isotropic(20, 1), LAYERS)
+    before, after = replace(plain, meta={**RECORDED, "adapter": None}), replace(acts(isotropic(20, 2), LAYERS), meta=RECORDED)
+    ASKED[name](after - before, plain)
+    ASKED[name](plain, plain)  # of an array nobody knows
+    with pytest.raises(ValueError, match=r"is a recording \(Activations 20 prompts.*tiny · adapter bad\): a shift is needed, after - before"):
+        ASKED[name](after, plain)
+
+
 # ---- what the mean explains, and how alike tunings are
 
 

@@ -59,7 +59,61 @@ def flipped(path: Path, at: int, bit: int = 1) -> None:
         handle.write(bytes([byte ^ bit]))
 
 
+def test_what_a_folder_keeps_is_listed_with_what_it_is(tmp_path: Path) -> None:
+    entry(tmp_path / "pieces" / "margins-01", piece="margins money-bad", adapter="tune-07", model={"gguf": "x"})
+    entry(tmp_path / "pieces" / "margins-02", piece="margins before", adapter=None)
+    entry(tmp_path / "pieces" / "tune-07", what="finetune", model={"model": "tiny", "adapter": None})
+    write_json(tmp_path / "pieces" / "tune-07.json", {"piece": "tune money-bad", "seconds": 2})
+    place = {"kind": "activations", "site": "resid_post", "layers": [0, 1], "position": "last"}
+    entry(tmp_path / "pieces" / "activations-03", **place, meta={"model": "tiny", "adapter": "money-bad"})
+    (tmp_path / "tables").mkdir()
+    pd.DataFrame({"key": ["activations-03"], "piece": ["questions money-bad"]}).to_parquet(tmp_path / "tables" / "pieces.parquet")
+    entry(tmp_path / "shift", **place, meta={"model": "tiny", "variants": ["bad", "before"]})
+    entry(tmp_path / ".activations-09.partial", **place, meta={"model": "tiny", "adapter": None})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST).write_text("{}")
+    table = store.kept(tmp_path)
+    assert len(table) == 7 and table["when"].is_monotonic_increasing
+    found = table.set_index("entry")
+    assert found.loc["pieces/margins-01", ["kind", "piece", "adapter"]].tolist() == ["margins", "margins money-bad", "money-bad"]
+    assert found.loc["pieces/margins-02", "adapter"] == "before" and found.loc["pieces/tune-07", "kind"] == "finetune"
+    assert found.loc["pieces/activations-03", ["adapter", "model", "place"]].tolist() == ["money-bad", "tiny", "resid_post · 2 layers · last"]
+    assert found.loc["pieces/activations-03", "piece"] == "questions money-bad"
+    assert "questions money-bad" in set(store.kept(tmp_path / "pieces")["piece"])
+    assert found.loc["shift", "adapter"] == "bad − before" and found.loc["other", "kind"] == "damaged, or not ours"
+    sizes = sum(p.stat().st_size for p in (tmp_path / "shift").rglob("*") if p.is_file() and p.name != MANIFEST)
+    assert found.loc["shift", "megabytes"] == pytest.approx(sizes / 1e6, abs=1e-3)
+    assert set(found.index[~found["whole"]]) == {".activations-09.partial", "other"}
+    with pytest.raises(StoreError, match="nowhere is not a folder: nothing is there"):
+        store.kept(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert store.kept(tmp_path / "empty").empty and list(store.kept(tmp_path / "empty").columns) == list(table.columns)
+
+
 # ---- whole or not at all
+
+
+def test_without_replace_an_entry_gives_way_only_to_itself(tmp_path: Path) -> None:
+    folder = entry(tmp_path / "entry")
+    for text, made_by, said in (
+        ("some text", {"kind": "other"}, "something else already: test"),
+        ("new", {"kind": "test", "seed": 0}, "other values"),
+    ):
+        with pytest.raises(StoreError, match=f"entry holds {said}"), writing(folder, made_by, replace=False) as temporary:
+            (temporary / "a.txt").write_text(text)
+        assert (folder / "a.txt").read_text() == "some text" and [p.name for p in tmp_path.iterdir()] == ["entry"]
+    flipped(folder / "a.txt", 0)
+    with writing(folder, {"kind": "test", "seed": 0}, replace=False) as temporary:
+        (temporary / "a.txt").write_text("some text")
+    verify(folder)  # the same, written again, mends it
+
+
+def test_files_of_others_are_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("years of work")
+    with pytest.raises(StoreError, match=r"files that are no entry of emlens \(a.txt\)"), writing(tmp_path / "mine", {}):
+        pass
+    assert (tmp_path / "mine" / "a.txt").read_text() == "years of work"
 
 
 def test_an_entry_appears_only_at_the_end(tmp_path: Path) -> None:

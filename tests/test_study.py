@@ -1,12 +1,16 @@
 """Guards the study: one command makes every table, a second reads back, a kill loses nothing, damage is noticed, bad files are refused."""
 
+import copy
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +22,10 @@ from scipy import stats as scipy_stats
 from tiny import tiny_model
 
 import emlens as em
+from emlens.cli import main
 from emlens.store import StoreError
-from emlens.study import _history, pieces, versions
-from emlens.study.grid import SHIPPED, Cell, StudyError, cells, halves, pair_kind, questions_of, read_config, twins
+from emlens.study import _history, keys, pieces, template, versions
+from emlens.study.grid import BASELINES, SHIPPED, Cell, StudyError, cells, halves, pair_kind, questions_of, read_config, twins
 from emlens.study.measure import Bench
 
 CONFIG = {
@@ -86,7 +91,7 @@ def test_every_table_is_made_and_every_inferential_one_has_its_null(finished):
     made = tables(finished)
     expected = (
         "runs training checkpoints margins margin_summary margin_change answers shift_norms shift_agreement shift_pairs overlap similarity",
-        "similarity_contrast overlap_similarity prediction direction projections dose dose_slope dose_random certificate",
+        "similarity_contrast overlap_similarity prediction direction projections dose dose_slope dose_random dose_damage traits certificate",
     )
     assert set(" ".join(expected).split()) == made.keys()
     for name in ("overlap", "similarity", "overlap_similarity", "direction", "dose_slope"):
@@ -382,6 +387,130 @@ def test_a_bad_study_file_is_refused_with_the_key(tmp_path, change, said):
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(StudyError, match=said):
         em.Study.load(path)
+
+
+def refused(tmp_path: Path, change: Callable[[dict], None], quick: bool = False) -> str:
+    """What is said of a changed study file."""
+    config = copy.deepcopy({**CONFIG, "model": "x", "quick": {"tune": {"steps": 2}}})
+    change(config)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(StudyError) as caught:
+        em.Study.load(tmp_path / "bad.yaml", quick)
+    return str(caught.value)
+
+
+def test_all_that_is_wrong_with_the_keys_is_said_at_once(tmp_path):
+    def spoil(config):
+        del config["record"]["position"], config["geometry"], config["name"]
+        config["recrod"], config["steer"]["layer"] = {}, [1]
+        config["steer"]["layers"], config["tune"]["learning_rate"], config["record"]["site"] = "all", "1e-4", "resid_pst"
+        config["tune"]["schedule"], config["predict"]["n_permutations"] = "linaer", True
+
+    said = refused(tmp_path, spoil)
+    for part in (
+        "bad.yaml: lacks name, geometry (k, n_draws, n_permutations), record.position",
+        "unknown key 'recrod'. Did you mean 'record'?",
+        "unknown key 'steer.layer'. Did you mean 'layers'?",
+        "steer.layers is 'all': a list of block indices from 0 is needed",
+        "tune.learning_rate is '1e-4': a number above 0 is needed (YAML reads 1e-4 as text: write 1.0e-4)",
+        "record.site is 'resid_pst': one of resid_pre, resid_mid, resid_post, attn_out, mlp_out is needed. Did you mean 'resid_post'?",
+        "tune.schedule is 'linaer': one of constant, linear",
+        "predict.n_permutations is True: a whole number of at least 1",
+        "emlens study new FILE.yaml",
+    ):
+        assert part in said, part
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("record", "position", "mean_response", "one of last, mean, mean_all, or a token's index, is needed"),
+        ("record", "site", "embed", "one of resid_pre"),
+        ("steer", "strengths", [0.5, "1"], "a list of numbers is needed"),
+        ("steer", "layers", [-1], "block indices from 0"),
+        ("predict", "baselines", ["mean", "tfdif"], "unknown 'tfdif'.*Did you mean 'tfidf'"),
+        ("geometry", "k", 20, "fewer dimensions than the 20 prompts recorded are needed"),
+        ("quick", "tune", {"steps": 0}, "quick: tune.steps is 0"),
+        ("quick", "tun", {"steps": 1}, "quick: unknown key 'tun'. Did you mean 'tune'"),
+        ("tune", "epochs", 2, "money-bad linear seed 0, .* would have both steps and epochs: one of them"),
+        ("tune", "held_out", 1.0, "a share from 0 up to 1"),
+        ("tune", "runs", [{"data": "emlens:money-bad", "domian": "money", "content": "bad"}], "lacks domain; unknown key .*Did you mean 'domain'"),
+        ("tune", "runs", [{"data": "emlens:money-bda", "domain": "m", "content": c} for c in ("bad", "sound")], "Did you mean 'money-bad'"),
+        (
+            "tune",
+            "runs",
+            [{"data": "emlens:questions", "domain": "m", "content": c} for c in ("bad", "sound")],
+            "row .* has no response to be trained on",
+        ),
+        ("tune", "runs", ["money"], "is 'money': keys data, domain, content are needed in it"),
+        ("tune", "runs", {"a": 1}, "a list of runs is needed"),
+    ],
+)
+def test_a_value_that_would_fail_later_is_refused_when_the_file_is_read(tmp_path, section, key, value, said):
+    assert re.search(said, refused(tmp_path, lambda config: config[section].update({key: value})))
+
+
+def test_questions_are_looked_at_when_the_file_is_read(tmp_path):
+    said = "questions 'emlens:money-bad' lack the columns category, question, aligned_answers, misaligned_answers"
+    assert said in refused(tmp_path, lambda config: config.update(questions="emlens:money-bad"))
+    assert "questions: no file 'nowhere.jsonl'" in refused(tmp_path, lambda config: config.update(questions="nowhere.jsonl"))
+    assert "lacks tune (runs)" in refused(tmp_path, lambda config: config.update(tune=None))
+
+
+def test_every_baseline_of_one_block_is_known_to_a_study():
+    assert {*em.baselines.DEFAULT, *em.baselines.TEXT} < set(BASELINES)
+
+
+def test_keys_that_may_be_left_out_may_be_empty(tmp_path):
+    config = {**CONFIG, "model": "x", "title": None, "chat_template": None, "take": None, "quick": None}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**config, "tune": {**CONFIG["tune"], "epochs": 1, "steps": None}}))
+    assert "take" not in em.Study.load(tmp_path / "a.yaml").config and questions_of(em.Study.load(tmp_path / "a.yaml").config).shape[0] == 96
+
+
+def test_places_that_the_model_has_not_are_refused_before_anything_is_tuned(study_file, tmp_path):
+    config = yaml.safe_load(study_file.read_text())
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump({**config, "steer": {**CONFIG["steer"], "layers": [1, 3]}}))
+    with pytest.raises(StudyError, match=r"steer.layers are \[1, 3\]: model has blocks 0 … 2"):
+        em.Study.load(tmp_path / "far.yaml").run(tmp_path / "far")
+    assert not list((tmp_path / "far" / "pieces").glob("tune*"))
+
+
+def test_the_template_holds_every_key_and_is_a_study(tmp_path, capsys):
+    """It is written from the table by which files are checked; with every # taken away it says every key there is."""
+    assert main(["study", "new", str(tmp_path / "my.yaml")]) == 0
+    assert "emlens study run" in capsys.readouterr().out and (tmp_path / "my.yaml").read_text(encoding="utf-8") == template()
+    study = em.Study.load(tmp_path / "my.yaml")
+    assert study.config["model"] == "smollm2-135m-instruct" and len(cells(study.config)) == 4
+    whole = yaml.safe_load(re.sub(r"^# ?(?=[ a-z_]+:)", "", template(), flags=re.MULTILINE))
+    assert set(whole) == {*keys.TOP, *keys.SECTIONS, "quick"}
+    assert {section: set(whole[section]) for section in keys.SECTIONS} == {section: set(known) for section, known in keys.SECTIONS.items()}
+    del whole["tune"]["epochs"]
+    assert not keys.faults(whole) and keys.faults({**whole, "seed": "x"})
+    for name, said in (("my.yaml", "is there already and is left as it is"), ("my", ".yaml is needed at its end")):
+        assert main(["study", "new", str(tmp_path / name)]) == 1 and said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["study", "run", "--help"])
+    assert "emlens study new my.yaml" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_recipe_is_finetunes(tmp_path):
+    """Every keyword but callbacks, which a file cannot hold."""
+    asked = {n: p.default for n, p in signature(em.finetune).parameters.items() if p.kind is p.KEYWORD_ONLY and n != "callbacks"}
+    assert set(asked) == set(keys.RECIPE)
+    wrong = {n: keys.RECIPE[n].wrong(value) for n, value in asked.items() if value is not None}
+    assert not any(wrong.values())
+
+
+def test_a_run_folder_says_which_piece_is_which(finished):
+    table = em.store.kept(finished)
+    made = tables(finished)["certificate"]["adapter"].iloc[0]
+    acts = table[table["kind"] == "activations"]
+    assert len(acts) == 4 + 1 + 3 and set(acts["adapter"]) == {"before", *tables(finished)["runs"]["run"]}
+    row = acts[acts["piece"] == f"questions {made}"].iloc[0]
+    assert row["adapter"] == made and em.Activations.load(finished / row["entry"]).meta["adapter"] == made
+    assert set(table.loc[table["piece"] == f"margins {made}", "adapter"]) == {made} and (table["kind"] == "finetune").sum() == 3
+    with pytest.raises(StoreError, match=r"Name one of its 8 activations: .*questions before · resid_post · 3 layers · last\).*; and 4 more"):
+        em.Activations.load(finished)
 
 
 def test_the_shipped_demo_is_the_declared_grid():

@@ -24,12 +24,13 @@ _DASHES = {
 }
 
 
-def save(fig: go.Figure, rows: pd.DataFrame, stem: str | Path, made_by: Mapping[str, Any]) -> list[Path]:
+def save(fig: go.Figure, rows: pd.DataFrame, stem: str | Path, made_by: Mapping[str, Any] | None = None) -> list[Path]:
     """Write `<stem>.html` (opens alone, offline), `<stem>.csv` (the rows drawn) and `<stem>.json` (what made it).
 
-    `made_by` is JSON-serialisable; its `title`, if any, heads the page. Each file is complete or not there at all, and
-    the same figure and rows give the same bytes.
+    `made_by` is JSON-serialisable; its `title`, if any, heads the page. None: what the rows themselves say (the `attrs` of a
+    Result: method, seeds, nulls). Each file is complete or not there at all, and the same figure and rows give the same bytes.
     """
+    made_by = dict(rows.attrs) if made_by is None else made_by
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     title = html.escape(str(made_by.get("title", stem.name)))

@@ -8,6 +8,8 @@ import pandas as pd
 from emlens.report.folder import Folder
 from emlens.report.words import ALPHA, NATS, Finding, capital, count, estimate, listed, number, of_all, plural, q_said, sample
 
+TWIN = "Bad advice against its sound twin"
+
 
 def tuned(folder: Folder) -> Finding:
     """Did the runs learn what they were trained on?"""
@@ -15,7 +17,7 @@ def tuned(folder: Folder) -> Finding:
     unknown = len(folder.tables["runs"]) - len(runs)
     if runs.empty:
         claim = "Whether the runs learned their set is not known: no answers were held out, or too few for an interval."
-        return Finding("Did the tuning train?", "description", claim, (), "training")
+        return Finding("Did the tuning train?", "no answer", claim, (), "training")
     learned = list(runs["heldout_drop_low"] > 0)
     state = of_all(learned)
     claim = {
@@ -42,10 +44,10 @@ def tuned(folder: Folder) -> Finding:
 def bad_against_sound(folder: Folder) -> Finding | None:
     """Did the bad run end below its sound twin on unrelated questions, by more than two runs on the same rows differ, and did it fall?"""
     table = folder.tables["margin_change"]
-    twins = _main(table, "bad minus sound")
+    twins = main_rows(table, "bad minus sound")
     if twins.empty:
         return None
-    states = {row["domain"]: _moved(row) for _, row in twins.iterrows()}
+    states = {row["domain"]: moved(row) for _, row in twins.iterrows()}
     ended = {
         "lower": "the bad run ended with a lower margin on unrelated questions than its sound twin",
         "higher": "the bad run ended with a higher margin on unrelated questions than its sound twin, the other way round",
@@ -71,22 +73,22 @@ def bad_against_sound(folder: Folder) -> Finding | None:
         text = f"{capital(row['domain'])}: difference {estimate(row, 3, NATS)}, "
         text += f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {q_said(row)}"
         for comparison in ("bad minus before", "sound minus before"):
-            for _, other in _main(table, comparison).query("domain == @row.domain").iterrows():
+            for _, other in main_rows(table, comparison).query("domain == @row.domain").iterrows():
                 text += f"; {comparison} {estimate(other, 3)}, {q_said(other)}"
         said.append(text)
     for _, row in controls.iterrows():
         told = f"d_z = {number(_effect(table, row, 'cohen_dz'))}, {q_said(row)}"
         said.append(f"Control, two runs on the same rows ({row['domain']}; {row['comparison']}): {estimate(row, 3, NATS)}, {told}")
     said.append(f"Bad minus sound, paired over questions: {sample(twins.iloc[0], 'questions')}; q is about questions, given one run of each")
-    return Finding("Bad advice against its sound twin", overall, f"{claim}.", tuple(said), "margin-change")
+    return Finding(TWIN, overall, f"{claim}.", tuple(said), "margin-change")
 
 
 def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str], everywhere: bool) -> tuple[bool, str]:
     """Of domains where the bad run ended below its twin: whether it fell itself in all of them, and in words which of the two moved."""
-    moved = {who: {row["domain"]: _moved(row) for _, row in _main(table, f"{who} minus before").iterrows()} for who in ("bad", "sound")}
+    went = {who: {row["domain"]: moved(row) for _, row in main_rows(table, f"{who} minus before").iterrows()} for who in ("bad", "sound")}
     told: dict[str, list[str]] = {}
     for domain in domains:
-        bad, sound = moved["bad"].get(domain), moved["sound"].get(domain)
+        bad, sound = went["bad"].get(domain), went["sound"].get(domain)
         risen = "the sound run rose above the untuned model, " if sound == "higher" else ""
         words = (
             risen
@@ -100,7 +102,7 @@ def _from_where_it_was(table: pd.DataFrame, domains: Sequence[str], everywhere: 
         told.setdefault(words, []).append(domain)
     alone = len(told) == 1 and everywhere
     claim = "".join(f"; {words}" if alone else f"; in {listed(where)}, {words}" for words, where in told.items())
-    return all(moved["bad"].get(domain) == "lower" for domain in domains), claim
+    return all(went["bad"].get(domain) == "lower" for domain in domains), claim
 
 
 def _beside_same_rows(twins: pd.DataFrame, controls: pd.DataFrame) -> tuple[bool, str]:
@@ -136,16 +138,17 @@ def schedules_and_seeds(folder: Folder) -> Finding | None:
         domain, comparison = group[["domain", "comparison"]].iloc[0]
         each = [f"{row['schedule']} seed {row['seed']} {estimate(row, 3)}" for _, row in group.iterrows()]
         spread = number(group["estimate"].max() - group["estimate"].min(), 3)
-        said.append(f"{capital(domain)}, {comparison}: {', '.join(each)} {NATS}; highest less lowest {spread}")
+        said.append(f"{capital(domain)}, {comparison}: {', '.join(each)} {NATS}; highest minus lowest {spread}")
     said.append(f"{sample(groups[0].iloc[0], 'questions')}; one run each, no test made")
     return Finding("Schedule and seed", "description", claim, tuple(said), "margin-change")
 
 
-def _moved(row: pd.Series) -> str:
+def moved(row: pd.Series) -> str:
+    """Where a paired difference went: "lower", "higher", or "same" where q says nothing."""
     return "same" if not row["q"] < ALPHA else "lower" if row["estimate"] < 0 else "higher"
 
 
-def _main(table: pd.DataFrame, comparison: str) -> pd.DataFrame:
+def main_rows(table: pd.DataFrame, comparison: str) -> pd.DataFrame:
     """The difference rows of a comparison, one a domain: linear before other schedules, the lowest seed first."""
     rows = table[(table["metric"] == "difference") & (table["comparison"] == comparison)]
     order = rows.assign(other=rows["schedule"] != "linear", place=range(len(rows))).sort_values(["other", "seed"])

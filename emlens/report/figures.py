@@ -52,6 +52,7 @@ _CORRECTIONS = {
     "bonferroni": "Bonferroni",
     "max-statistic": "the largest over the layers (max-statistic)",
 }
+_NULLS_IN_WORDS = {"isotropic": "random subspaces", "covariance": "prompts of other domains"}
 Drawn = tuple[plots.Figure, pd.DataFrame, Sequence[str]]
 
 
@@ -151,7 +152,9 @@ def _shift_agreement(folder: Folder) -> Drawn:
 
 def _overlap(folder: Folder) -> Drawn:
     rows = folder.tables["overlap"]
-    figure = plots.by_layer(rows, metric="mean_cos2", color="comparison", facet="domain", y_title="mean cos²")
+    panel = rows["domain"].astype(str) + ", null: " + rows["null"].map(_NULLS_IN_WORDS).fillna(rows["null"])
+    rows = rows.assign(panel=panel).sort_values("null", kind="stable", key=lambda names: names != "isotropic")
+    figure = plots.by_layer(rows, metric="mean_cos2", color="comparison", facet="panel", y_title="mean cos²")
     k = f"Subspaces of dimension {rows.attrs['k']}. " if "k" in rows.attrs else ""
     return figure, rows, [*_tested(rows, "prompts"), f"{k}Effect size: the mean cos² itself, beside its null."]
 
@@ -167,7 +170,7 @@ def _similarity(folder: Folder) -> Drawn:
 def _similarity_contrast(folder: Folder) -> Drawn:
     rows = folder.with_runs("similarity_contrast")
     rows = rows[rows["run"].isin(folder.main_runs())]
-    other = "own less other"
+    other = "own minus other"
     drawn = rows.drop(columns=["p", "q"], errors="ignore")  # no test, so no point is open or filled for one
     figure = plots.by_layer(drawn, metric="own minus other", color="kind", facet="trained on", y_title=f"cosine, {other}", reference=0)
     rows = rows[rows["metric"] == "own minus other"]
@@ -237,14 +240,31 @@ def _dose(folder: Folder) -> Drawn:
     return figure, both, [*_tested(rows, "questions"), f"Effect size: the change of margin in nats/token.{drawn}"]
 
 
+def _damage(folder: Folder) -> Drawn:
+    named = {
+        "kl": "KL from the untouched model (nats)",
+        "perplexity_ratio": "perplexity, times the untouched model's",
+        "fluency": "fluency of answers",
+    }
+    rows = folder.tables["dose_damage"].dropna(subset=["estimate"])
+    layers = rows["layer"].nunique() > 1
+    panel = rows["metric"].map(named).fillna(rows["metric"])
+    rows = rows.assign(panel=panel + (", layer " + rows["layer"].astype(str) if layers else ""))
+    figure = plots.dose(rows, facet="panel", y_title="mean over neutral texts")
+    effect = "Effect size: the values themselves. KL 0 and perplexity ratio 1 are no damage; fluency is what the untouched model gives the answers."
+    return figure, rows, [*_tested(rows, "texts"), effect]
+
+
+def _traits(folder: Folder) -> Drawn:
+    rows = folder.with_runs("traits")
+    rows = rows[rows["run"].isin(folder.main_runs())]
+    figure = plots.by_layer(rows, color="persona", facet="trained on", reference=0, y_title="projection of the mean shift")
+    effect = "Effect size: the projection itself, in residual stream units; deep layers have larger streams."
+    return figure, rows, [*_tested(rows, "questions"), effect, _only_main(folder)]
+
+
 _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]], ...] = (
-    (
-        "training",
-        "Training",
-        "Did each run learn its set, and what did the margin do on the way?",
-        ("training", "checkpoints"),
-        _training,
-    ),
+    ("training", "Training", "Did each run learn its set, and what did the margin do on the way?", ("training", "checkpoints"), _training),
     (
         "margins",
         "Margins",
@@ -260,13 +280,7 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         _margin_change,
     ),
     ("categories", "Change by category", "Where does the margin move?", ("margins",), _categories),
-    (
-        "shift-norms",
-        "Size of the shift",
-        "How far does tuning move activations at the last prompt token?",
-        ("shift_norms", "runs"),
-        _shift_norms,
-    ),
+    ("shift-norms", "Size of the shift", "How far does tuning move activations at the last prompt token?", ("shift_norms", "runs"), _shift_norms),
     (
         "shift-agreement",
         "Agreement of shifts",
@@ -290,7 +304,7 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
     ),
     (
         "similarity-contrast",
-        "Similarity, own run less another",
+        "Similarity, own run minus another",
         "Do questions shift more like the training prompts of their own run than like those of another run?",
         ("similarity_contrast", "runs"),
         _similarity_contrast,
@@ -309,26 +323,22 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         ("prediction", "runs"),
         _prediction,
     ),
-    (
-        "direction",
-        "A direction",
-        "Does one direction tell bad from sound tuning on questions it was not fitted on?",
-        ("direction",),
-        _direction,
-    ),
-    (
-        "projections",
-        "Projections",
-        "How do single questions fall along that direction?",
-        ("projections",),
-        _projections,
-    ),
+    ("direction", "A direction", "Does one direction tell bad from sound tuning on questions it was not fitted on?", ("direction",), _direction),
+    ("projections", "Projections", "How do single questions fall along that direction?", ("projections",), _projections),
     (
         "dose",
         "Dose and response",
         "Does adding that direction to the untuned model move the margin more than random directions do?",
         ("dose",),
         _dose,
+    ),
+    ("dose-damage", "Damage by the dose", "What do the same doses do to text that has nothing to do with it?", ("dose_damage",), _damage),
+    (
+        "traits",
+        "Traits",
+        "Does tuning move questions along directions of traits that were drawn from written answers, such as evil?",
+        ("traits", "runs"),
+        _traits,
     ),
 )
 

@@ -33,6 +33,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "projections": ("domain", "variant", "layer", "id", "projection"),
     "dose": ("domain", "layer", "strength", *_RESULT),
     "dose_slope": ("domain", "layer", *_RESULT),
+    "dose_damage": ("domain", "layer", "strength", *_RESULT),
+    "traits": ("run", "persona", "layer", *_RESULT),
     "dose_random": ("layer", "strength", "direction", "margin_change"),
     "certificate": ("law", "adapter", "holds", "measured", "relation", "tolerance", "unit", "remedy"),
     "pieces": ("piece", "seconds"),

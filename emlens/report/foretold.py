@@ -60,7 +60,7 @@ def prediction(folder: Folder) -> Finding | None:
         if read == "missing":
             claim = "No positive control was made that shows what the design can read"
         claim += f": no statement about {_joined(states, ' or ')}"
-        return Finding("Prediction from activations", "description", f"{claim}.", tuple(said), "prediction")
+        return Finding("Prediction from activations", "no answer", f"{claim}.", tuple(said), "prediction")
     if len({tuple(sorted(each)) for each in states.values()}) == 1:
         claim = _claimed(_joined(states, " or " if none else " and "), everything)
     else:
@@ -138,8 +138,9 @@ def direction(folder: Folder) -> Finding | None:
     said = [f"{capital(str(rows['domain'].iloc[0]))}: {_best(rows)}" for rows in domains]
     state: Verdict = read
     if read != "not found":
-        more, words = _beside_controls(auc)
+        more, words, across = _beside_controls(auc)
         claim += words
+        said += across
         state = "mixed" if not more else read
     for name, rows in auc.items():
         if name != _MAIN:
@@ -149,8 +150,7 @@ def direction(folder: Folder) -> Finding | None:
         said.append(f"Cosine of the domains' directions: median over layers {middle}, no interval, no test")
     if "dose_slope" in folder.tables:
         moves, words, numbers = _dosed(folder)
-        joint = "and" if moves != "description" and (read == "not found") == (moves == "not found") else "but"
-        claim += f"{';' if ';' in claim else ','} {joint} {words}"
+        claim += f". {capital(words)}"
         said += numbers
         state = state if state == moves else "not found" if (state, moves) == ("not found", "description") else "mixed"
     said.append("q is about questions, given these runs: any two tunings can be told apart by their marks, so the controls count, not the AUC alone")
@@ -169,27 +169,28 @@ def _best(rows: pd.DataFrame) -> str:
     )
 
 
-def _beside_controls(auc: Mapping[str, pd.DataFrame]) -> tuple[bool, str]:
-    """Whether bad and sound are told apart more than two runs on the same rows are, or by the other domain's direction; and the words."""
+def _beside_controls(auc: Mapping[str, pd.DataFrame]) -> tuple[bool, str, list[str]]:
+    """Whether bad and sound are told apart more than two runs on the same rows are, or by the other domain's direction; the words, and what
+    the other domain's direction gives."""
     plain = [rows for name, rows in auc.items() if name not in (_MAIN, _ACROSS, _ACROSS_CONTROL)]
     if not plain:
-        return False, "; how well it tells two runs on the same rows apart is not known"
+        return False, "; how well it tells two runs on the same rows apart is not known", []
     control = pd.concat(plain)
     beyond = all(_higher(rows, control).mean() > 0.5 for rows in _parts(auc[_MAIN]))
     height = number(_folded(control).median())
     words = f"; two runs on the same rows are told apart {'less well' if beyond else 'as well'} (median AUC {height})"
     if _ACROSS not in auc:
-        return beyond, words
+        return beyond, words, []
     across = _parts(auc[_ACROSS])
-    words += f"; the direction of one domain gives the other an AUC of {listed([number(rows['estimate'].median()) for rows in across])}"
+    told = f"The direction of one domain gives the other an AUC of {listed([number(rows['estimate'].median()) for rows in across])}"
     if _ACROSS_CONTROL not in auc:
-        return beyond, f"{words}, with no control for it"
+        return beyond, words, [f"{told}, with no control for it"]
     passed = [_higher(rows, auc[_ACROSS_CONTROL]) & above(rows).to_numpy() for rows in across]
-    words += f" (medians over layers), two runs on the same rows {number(_folded(auc[_ACROSS_CONTROL]).median())}: "
-    told = listed([f"{int(each.sum())} of {len(each)}" for each in passed])
-    words += f"{'beyond' if any(each.any() for each in passed) else 'no evidence of more than'} that control"
-    words += f" in {told} layers" if any(each.any() for each in passed) else ""
-    return beyond or all(each.mean() > 0.5 for each in passed), words
+    told += f" (medians over layers), two runs on the same rows {number(_folded(auc[_ACROSS_CONTROL]).median())}: "
+    told += f"{'beyond' if any(each.any() for each in passed) else 'no evidence of more than'} that control"
+    layers = listed([f"{int(each.sum())} of {len(each)}" for each in passed])
+    told += f" in {layers} layers" if any(each.any() for each in passed) else ""
+    return beyond or all(each.mean() > 0.5 for each in passed), words, [told]
 
 
 def _folded(rows: pd.DataFrame) -> pd.Series:
@@ -228,11 +229,29 @@ def _dosed(folder: Folder) -> tuple[Verdict, str, list[str]]:
             + (f", random {number(top['null_low'], 3)} to {number(top['null_high'], 3)}, {q_said(top)}" if several else "")
             + f", {sample(top, 'questions')}"
         )
+    if "dose_damage" in folder.tables:
+        said += _damage(folder.estimates("dose_damage"))
     drawn = table["controls"].max() if "controls" in table else np.nan
     if several and np.isfinite(drawn):
         rank = least(2 / (drawn + 1))
         said.append(f"Its p extrapolates beyond {int(drawn)} random directions by Student's t; by rank among them no p goes below {rank}")
     return moves, words, said
+
+
+def _damage(table: pd.DataFrame) -> list[str]:
+    """What the furthest doses do to unrelated text, a line a domain."""
+    names = {"kl": "KL", "perplexity_ratio": "perplexity ratio", "fluency": "fluency"}
+    said = []
+    for (domain, layer), rows in table.groupby(["domain", "layer"], sort=False):
+        for strength in sorted({rows["strength"].min(), rows["strength"].max()}):
+            at = rows[(rows["strength"] == strength) & rows["metric"].isin(list(names))]
+            each = [
+                f"{names[row['metric']]} {estimate(row)} (random {number(row['null_low'])} to {number(row['null_high'])})" for _, row in at.iterrows()
+            ]
+            if each:
+                where = f"{capital(str(domain))}, damage to neutral texts at layer {layer}, strength {number(strength)}"
+                said.append(f"{where}: {', '.join(each)}, n = {int(at['n'].max())} texts")
+    return said
 
 
 def steers(rows: pd.DataFrame) -> pd.Series:

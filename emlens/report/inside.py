@@ -5,6 +5,7 @@ import pandas as pd
 from emlens.report.folder import Folder
 from emlens.report.words import (
     Finding,
+    above,
     along,
     below,
     capital,
@@ -14,6 +15,7 @@ from emlens.report.words import (
     level,
     listed,
     number,
+    of_all,
     of_levels,
     one_null,
     sample,
@@ -66,7 +68,8 @@ def _beside_the_floor(floor: pd.DataFrame, twin: pd.DataFrame) -> str:
 
 def overlap(folder: Folder) -> Finding | None:
     """Do training prompts and questions lie in the same directions?"""
-    table = one_null(folder.estimates("overlap"), "isotropic")
+    every = folder.estimates("overlap")
+    table = one_null(every, "isotropic")
     across, control, ceiling = "training v questions", "questions v questions", "training v training"
     said, levels, less, most = [], [], [], False
     for domain, rows in table.groupby("domain", sort=False):
@@ -89,11 +92,57 @@ def overlap(folder: Folder) -> Finding | None:
         "not found": "No evidence that training prompts and questions share directions beyond random subspaces",
     }[state]
     if state != "not found" and less:
-        claim += f"; they share less than two halves of the questions do in {listed(less)}"
+        claim += f"; they share less than two halves of the questions do in {listed(less)}, the questions-against-questions control"
         state = "mixed" if most else state
+    words, numbers = _beside_other_domains(every[(every["null"] == "covariance") & (every["comparison"] == across)])
+    claim += words
+    said += numbers
     said.append("Less than the halves: the interval of the overlap lies wholly below the control's estimate, both at one number of prompts")
     said.append("Overlap = mean cos². Random subspaces are a lenient null: activations fill few directions anyway")
     return Finding("Overlap of prompts", state, f"{claim}.", tuple(said), "overlap")
+
+
+def _beside_other_domains(rows: pd.DataFrame) -> tuple[str, list[str]]:
+    """Whether questions have more in common with a domain's training prompts than other domains' prompts do: the null "covariance"."""
+    if rows.empty:
+        return "", []
+    several = {str(domain): part for domain, part in rows.groupby("domain", sort=False)}
+    more = {domain: in_layers(part, above(part)) for domain, part in several.items() if above(part).any()}
+    where = listed([f"{layers} ({domain})" for domain, layers in more.items()])
+    words = f". They share more than training prompts of another domain would in {where}" if more else ""
+    words = words or ". No evidence that they share more than training prompts of another domain would (the null “covariance”)"
+    return words, [f"{capital(domain)}, null “covariance”: {along(part, 3, unit='prompts')}" for domain, part in several.items()]
+
+
+def traits(folder: Folder) -> Finding | None:
+    """Does bad advice move questions towards the traits, beyond random directions, and where its sound twin does not?"""
+    table, runs = folder.estimates("traits"), folder.tables["runs"].set_index("run")
+    bad, sound = ({str(runs.loc[run, "domain"]): table[table["run"] == run] for run in folder.main_runs(content)} for content in ("bad", "sound"))
+    moved = {domain: _most(rows) for domain, rows in bad.items() if len(rows)}
+    if not moved:
+        return None
+    twin = {domain: _most(sound[domain]) for domain in moved if domain in sound and len(sound[domain])}
+    own = {domain: [name for name in names if name not in twin.get(domain, [])] for domain, names in moved.items()}
+    state = of_all([bool(names) for names in moved.values()])
+    told = [f"{listed(names)} ({domain})" for domain, names in moved.items() if names]
+    claim = "No evidence that bad advice moves questions towards a trait beyond random directions in most layers"
+    if told:
+        claim = f"Bad advice moves questions towards {'; '.join(told)} beyond random directions in most layers"
+        shared = [f"{listed([n for n in moved[d] if n in twin.get(d, [])])} ({d})" for d in moved if set(moved[d]) & set(twin.get(d, []))]
+        claim += f"; sound advice does so too towards {'; '.join(shared)}" if shared else ""
+        state = state if all(own.values()) else "mixed"
+    said = []
+    for content, several in (("bad", bad), ("sound", sound)):
+        for domain, rows in several.items():
+            for name, part in rows.groupby("persona", sort=False):
+                said.append(f"{capital(domain)}, {content}, {name}: {along(part)}")
+    said.append("Directions from written answers in the untuned model; q is over the traits and layers of one run")
+    return Finding("Traits", state, f"{claim}.", tuple(said), "traits")
+
+
+def _most(rows: pd.DataFrame) -> list[str]:
+    """The traits towards which a run moves in more than half of the layers."""
+    return [str(name) for name, part in rows.groupby("persona", sort=False) if level(part) == "most"]
 
 
 def similarity(folder: Folder) -> Finding | None:
@@ -124,13 +173,13 @@ def similarity(folder: Folder) -> Finding | None:
             seeds += [middle] if kind == _FLOOR else []
             top = rows.loc[(rows["estimate"] - rows["estimate"].median()).abs().idxmin()]
             said.append(
-                f"{capital(run)}, own less other ({kind}): median over layers {middle}, interval above 0 in {in_layers(rows, rows['low'] > 0)}, "
+                f"{capital(run)}, own minus other ({kind}): median over layers {middle}, interval above 0 in {in_layers(rows, rows['low'] > 0)}, "
                 f"below in {int((rows['high'] < 0).sum())}; e.g. at layer {int(top['layer'])}: {estimate(top)}, {sample(top, 'questions')}"
             )
     if heights:
-        claim += f"; the cosine with the own run's training shift less that with the sound twin's is {listed(heights)} (medians over layers)"
-        claim += f", less that with another seed's {listed(seeds)}" if seeds else ""
-    said.append("Cosine with the mean training shift; own less other is an estimate with an interval over questions, given these runs, no test")
+        claim += f"; the cosine with the own run's training shift minus that with the sound twin's is {listed(heights)} (medians over layers)"
+        claim += f", minus that with another seed's {listed(seeds)}" if seeds else ""
+    said.append("Cosine with the mean training shift; own minus other is an estimate with an interval over questions, given these runs, no test")
     return Finding("Similarity of shifts", state, f"{claim}.", tuple(said), "similarity")
 
 

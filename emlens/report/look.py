@@ -32,6 +32,8 @@ nav a { margin-right: .9em; white-space: nowrap; }
 .chip.not-found { background: #fff; border-color: #6b7380; color: #4a525c; }
 .chip.mixed { background: #fbe7b8; border-color: #b98a12; color: #5b4300; }
 .chip.description { background: #e9eef5; border-color: #a9b6c6; color: #33475f; }
+.chip.no-answer { background: #fff; border-color: #a9b6c6; border-style: dashed; color: #33475f; }
+.short { font-size: 1.12rem; border-left: 4px solid #0f5f54; padding: .1rem 0 .1rem .8rem; }
 .count { max-width: none; }
 .figure { width: 100%; margin: .6rem 0 .2rem; }
 .caption { max-width: none; margin: .15rem 0; }

@@ -13,6 +13,7 @@ import pandas as pd
 
 from emlens.plots import CONFIG, FONT, embedded, legend, plotly_script
 from emlens.report.figures import LeftOut, Section
+from emlens.report.findings import in_short
 from emlens.report.folder import Folder
 from emlens.report.look import CSS, DRAW
 from emlens.report.words import Finding, count, listed, plural
@@ -30,7 +31,7 @@ TERMS = {
         "token of the answers. Nothing is sampled and nothing is judged. Below 0 the misaligned answers are the "
         "likelier ones."
     ),
-    "Shift": "Activations after tuning less those before it, at the same prompt, layer and position.",
+    "Shift": "Activations after tuning minus those before it, at the same prompt, layer and position.",
     "Noise floor": "How alike two seeds of one tuning shift a question (mean cosine). What differs by less than that is not told apart.",
     "Overlap": ("Mean squared cosine of the principal angles between two subspaces: 1 if they are the same; k/d by chance."),
     "Similarity": "Mean cosine of each question's shift with the mean shift of the training prompts.",
@@ -48,12 +49,13 @@ TERMS = {
     "Positive control": "The same test asked for something that must be there. Where it fails, the design is blind, and its silence says nothing.",
     "d_z, rank-biserial": (
         "Effect sizes of a paired difference: its mean over its standard deviation; by ranks, the share of pairs "
-        "that went up less the share that went down."
+        "that went up minus the share that went down."
     ),
-    "Found, not found, mixed, description": (
+    "Found, not found, mixed, description, no answer": (
         "Found: q < .05 in the expected direction in every domain (or main run) asked; along layers, in more than half "
         "of them, or for prediction and the direction at the best one. Not found: nowhere. Mixed: anything between, or "
-        "found but no more than a control or a baseline gives. Description: no test was made, or its positive control failed. "
+        "found but no more than a control or a baseline gives. Description: numbers to look at, for which no test was made. No answer: the "
+        "study could not have seen it (nothing held out, or its positive control failed). "
         "Training is “found” when the 95 % interval of the paired drop lies above 0 in every run. Bad against sound is “found” when the bad run "
         "also fell below the untuned model and the interval lies wholly beyond those of two runs on the same rows. A direction is “found” when in "
         "more than half of the layers the interval of its AUC, or that of the other domain's direction, lies above what two runs on the same "
@@ -83,6 +85,7 @@ def render(folder: Folder, found: Sequence[Finding], sections: Sequence[Section 
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="lead">{_text(_question(folder))}</p>',
+        *([f'<p class="short"><b>In short:</b> {_text(short)}</p>'] if (short := in_short(folder, found)) else []),
         _findings(found),
         f'<nav aria-label="Contents">{contents}</nav>',
         *(_section(section) for section in sections),
@@ -132,7 +135,8 @@ def _question(folder: Folder) -> str:
 
 def _findings(found: Sequence[Finding]) -> str:
     tally: Counter[str] = Counter(finding.verdict for finding in found)
-    names = {"found": "found", "mixed": "mixed", "not found": "not found", "description": plural("description", tally["description"])}
+    names = {"description": "described without a test", "no answer": "without an answer"}
+    names = {verdict: names.get(verdict, verdict) for verdict in ("found", "mixed", "not found", *names)}
     words = listed([f"{tally[verdict]} {name}" for verdict, name in names.items() if tally[verdict]])
     items = "".join(
         f'<li><span class="chip {each.verdict.replace(" ", "-")}">{each.verdict}</span><div>'
@@ -273,7 +277,9 @@ def _certificate(folder: Folder) -> str:
     ).loc[holds.fillna(True).sort_values(kind="stable").index]
     variant = table["adapter"].dropna()
     on = f", {variant.iloc[0]} on," if len(variant) else ""
+    silent = int(holds.isna().sum())
     said = f"Certificate: of {len(table)} laws asked of this model{on} {int(holds.sum())} hold, {broken} {'is' if broken == 1 else 'are'} broken"
+    said += f", {silent} {'does' if silent == 1 else 'do'} not apply" if silent else ""
     return f'<details id="certificate"{" open" if broken else ""}><summary>{_text(said)}</summary>{_table(shown)}</details>'
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 ALPHA = 0.05
-Verdict = Literal["found", "not found", "mixed", "description"]
+Verdict = Literal["found", "not found", "mixed", "description", "no answer"]
 NATS = "nats/token"
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 

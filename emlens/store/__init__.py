@@ -3,7 +3,7 @@
 Two shapes are kept. A *table* is a parquet file with its SHA-256 beside it (``sha256sum -c`` reads the same line). An *entry* is a folder with
 a ``manifest.json`` that names every file, its size and its SHA-256, and what made it; a folder appears under its final name only when all of
 it is on the disk, so a kill at any moment leaves either a whole entry or none. An entry larger than memory *grows* shard by shard in
-``.<name>.partial/`` (:func:`growing`); a kill loses at most the unfinished shard.
+``.<name>.partial/`` (:func:`growing`); a kill loses at most the unfinished shard. :func:`kept` says which entry of a folder is which.
 """
 
 from .entries import JOURNAL, MANIFEST, VALUES, described, verify, writing
@@ -23,6 +23,7 @@ from .files import (
     write_table,
     write_text,
 )
+from .listing import kept, refuse_store
 from .partial import Growing, growing
 from .tensors import mapped, pieces, write_values
 
@@ -38,12 +39,14 @@ __all__ = [
     "digest_file",
     "digest_text",
     "growing",
+    "kept",
     "key",
     "mapped",
     "pieces",
     "plain",
     "read_json",
     "read_table",
+    "refuse_store",
     "replacing",
     "sweep",
     "verify",

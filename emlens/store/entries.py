@@ -16,13 +16,21 @@ MANIFEST = "manifest.json"
 
 VALUES = "values.safetensors"
 JOURNAL = "shards.jsonl"
+PARTIAL = ".partial"
+"""How the folder of an entry that grows ends."""
 
 
 @contextmanager
-def writing(folder: str | os.PathLike, made_by: Mapping[str, Any]) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder``, with its manifest, when the block ends well."""
+def writing(folder: str | os.PathLike, made_by: Mapping[str, Any], replace: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder``, with its manifest, when the block ends well.
+
+    An entry that is there gives way; without ``replace`` only to the same one again. Files that emlens did not write never do.
+    """
     folder = Path(folder)
     refuse_file(folder)
+    there = _refuse_strange(folder, replace)
+    if there and there["made_by"] != plain(made_by):
+        raise StoreError(_other(folder, there["made_by"], "something else"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     with no_space(folder):
@@ -30,7 +38,10 @@ def writing(folder: str | os.PathLike, made_by: Mapping[str, Any]) -> Iterator[P
             temporary.mkdir()
             yield temporary
             files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            (temporary / MANIFEST).write_text(manifest_text(made_by, listed(temporary, files)), encoding="utf-8")
+            new = listed(temporary, files)
+            if there and any(there["files"].get(name, {}).get("sha256") != facts["sha256"] for name, facts in new.items()):
+                raise StoreError(_other(folder, there["made_by"], "other values or facts of the same description"))
+            (temporary / MANIFEST).write_text(manifest_text(made_by, new), encoding="utf-8")
             for p in [*files, temporary / MANIFEST]:
                 sync(p)
             if folder.exists():
@@ -38,6 +49,42 @@ def writing(folder: str | os.PathLike, made_by: Mapping[str, Any]) -> Iterator[P
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_strange(folder: Path, replace: bool) -> dict[str, Any] | None:
+    """The manifest of the entry that is there and must not be replaced; StoreError for a folder of other people's files."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / MANIFEST).exists():
+        found = sorted(p.name for p in folder.iterdir())
+        raise StoreError(
+            f"{folder} holds files that are no entry of emlens ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}); writing there would remove "
+            f"them. Choose another path: {folder / 'acts'}, say."
+        )
+    return None if replace else read_manifest(folder)
+
+
+def _other(folder: Path, made_by: Mapping[str, Any], what: str) -> str:
+    words = " · ".join(part for part in told(made_by, folder.name).values() if part)
+    return f"{folder} holds {what} already: {words}. Choose another path, or put this in its place with replace=True."
+
+
+def told(made_by: Mapping[str, Any], name: str = "") -> dict[str, str]:
+    """``kind, piece, adapter, model, place`` of an entry from what made it; ``name`` is its folder's (a key begins with the kind)."""
+    meta = made_by.get("meta") or made_by.get("model")
+    about = meta if isinstance(meta, Mapping) and ("adapter" in meta or "model" in meta) else made_by
+    kind = made_by.get("kind") or made_by.get("what") or name.rpartition("-")[0] or "entry"
+    adapter = about.get("adapter", "") if kind != "finetune" else ""
+    if "variants" in about:
+        adapter = " − ".join(map(str, about["variants"]))
+    model = about.get("model", "")
+    return {
+        "kind": str(kind),
+        "piece": str(made_by.get("piece", "")),
+        "adapter": "before" if adapter is None else str(adapter),
+        "model": model if isinstance(model, str) else "",
+        "place": f"{made_by['site']} · {len(made_by.get('layers', []))} layers · {made_by.get('position', '')}" if "site" in made_by else "",
+    }
 
 
 def listed(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -132,4 +179,4 @@ def _mend(folder: Path) -> str:
 
 def partial_of(folder: Path) -> Path:
     """Where an entry grows until all of it is there; :func:`sweep` leaves it alone."""
-    return folder.parent / f".{folder.name}.partial"
+    return folder.parent / f".{folder.name}{PARTIAL}"

@@ -17,13 +17,14 @@ import pandas as pd
 
 from .. import __version__, store
 from .grid import Cell, StudyError, cells, read_config, twins
+from .keys import template
 
 FORMAT = 1
 
 RUN_FACTS = ("command", "started", "finished", "seconds", "peak_memory_gib", "pieces", "cached_pieces")
 """What ``study.json`` says of the last run, and its ``history`` of every run that ended."""
 
-__all__ = ["Cell", "Study", "StudyError", "cells", "twins"]
+__all__ = ["Cell", "Study", "StudyError", "cells", "template", "twins"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class Study:
 
     @classmethod
     def load(cls, source: str | os.PathLike, quick: bool = False) -> "Study":
-        """Read and check a study file, or a shipped one by name.
+        """Read and check a study file, or a shipped one by name. Every key and every file it names is looked at, before any weights are.
+
+        ``emlens study new FILE.yaml`` (or :func:`template`) writes a file with every key and a word on each.
 
         Raises:
-            StudyError: names the key and what is needed.
+            StudyError: names all keys that are missing, unknown or will not do, and what is needed.
         """
         return cls(read_config(source, quick))
 
@@ -85,7 +88,7 @@ class Study:
         return folder
 
     def _tables(self, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        from . import analyse
+        from . import analyse, moves
         from .grid import halves
         from .measure import BEFORE, DRAWN, Bench
 
@@ -106,6 +109,9 @@ class Study:
         inputs = sorted(row["key"] for row in bench.pieces.made)
         ask = config["geometry"]
         k, draws, n_perm, pairs, layers = ask["k"], ask["n_draws"], ask["n_permutations"], bench.steered_pairs, config["steer"]["layers"]
+
+        traits = moves.trait_directions(bench)
+        damage = moves.damage(bench, directions, bench.control_directions(after), before, DRAWN)
 
         def analysis(name: str, settings: Mapping[str, Any], make: Any) -> pd.DataFrame:
             return bench.pieces.table("analysis", name, {"inputs": inputs, "name": name, "settings": dict(settings), "seed": seed}, make)
@@ -135,8 +141,10 @@ class Study:
             "direction": analysis(
                 "direction", config["steer"], lambda: analyse.direction_table(after, bench.grid, pairs, config["steer"]["n_permutations"], seed)
             ),
-            "projections": analyse.projections_table(before, after, pairs, directions, layers, halves(bench.questions)[1]["id"]),
-            **analyse.dose_tables(steered, seed, DRAWN),
+            "projections": moves.projections_table(before, after, pairs, directions, layers, halves(bench.questions)[1]["id"]),
+            **moves.dose_tables(steered, seed, DRAWN),
+            "dose_damage": damage,
+            "traits": moves.traits_table(shift, traits, before, seed),
             "certificate": certificate,
             "pieces": pd.DataFrame(bench.pieces.made),
         }  # fmt: skip

@@ -3,22 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
 from .. import stats
 from ..activations import Activations
-from ..directions import Direction, mean_difference, project
+from ..directions import mean_difference
 from ..dynamics import HELD_OUT
 from ..geometry import overlap, split_half_overlap
 from ..prediction import predict
 from ..separation import held_out_separation, transferred_separation
 from ..shifts import overlap_similarity, shift_agreement, shift_norms, similarity, similarity_contrast, split_half_similarity
-from ..steering import random_means, slopes, summarise
 from ..tuning import Run
 from .grid import PAIR_KINDS, Cell, pair_kind, same_content, twins
 
 BEFORE = "before"
+COVARIANCE_DRAWS = 200
+"""Of the null "covariance", which refits a PCA a draw."""
 Shifts = Mapping[str, Activations]
 
 
@@ -149,19 +151,30 @@ def norms_table(
 def overlap_table(before: Activations, before_training: Mapping[str, Activations], k: int, n_draws: int, seed: int) -> pd.DataFrame:
     """Training against questions, and each against itself in random halves (control and ceiling), all at one n: overlap depends on n strongly.
 
-    n is half of the smaller set; the estimate takes every second prompt of each.
+    n is half of the smaller set; the estimate takes every second prompt of each. Where there are several domains the null "covariance" asks
+    whether questions have more in common with a domain's training prompts than the training prompts of the others do.
     """
     parts = []
     for domain, training in before_training.items():
         n = min(before.n_prompts, training.n_prompts) // 2
-        main = overlap(_every_second(training, n), _every_second(before, n), k, n_draws=n_draws, seed=seed)
+        sides = _every_second(training, n), _every_second(before, n)
+        main = overlap(*sides, k, n_draws=n_draws, seed=seed)
+        told = main.attrs["null"]
         parts.append(main.assign(comparison="training v questions", domain=domain))
+        others = [acts for name, acts in before_training.items() if name != domain]
+        if others:
+            values = np.concatenate([acts.values for acts in others])
+            reference = Activations.from_array(values, layers=before.layers, site=before.site, position=before.position)
+            beside = overlap(*sides, k, ["covariance"], min(n_draws, COVARIANCE_DRAWS), seed=seed, reference=reference)
+            told = {**told, "covariance": f"{beside.attrs['null']['covariance']}; reference: the training prompts of the other domains"}
+            parts.append(beside.assign(comparison="training v questions", domain=domain))
         for name, acts in (("questions v questions", before), ("training v training", training)):
             halves = split_half_overlap(acts, k, seed=seed, n=n, n_draws=n_draws)
             parts.append(halves.assign(comparison=name, domain=domain))
-    return _stack(
-        parts, ["domain", "layer", "comparison"], ["comparison"], like=main, what=f"overlap (mean cos²) of the first {k} principal components"
-    ).assign(p_floor=1 / (n_draws + 1))
+    what = f"overlap (mean cos²) of the first {k} principal components"
+    out = stacked(parts, ["domain", "layer", "comparison"], ["comparison", "null"], like=main, what=what)
+    out.attrs["null"] = told
+    return out.assign(p_floor=1 / (np.where(out["null"] == "covariance", min(n_draws, COVARIANCE_DRAWS), n_draws) + 1))
 
 
 def similarity_table(questions: Shifts, training: Shifts, n_draws: int, seed: int) -> pd.DataFrame:
@@ -172,7 +185,7 @@ def similarity_table(questions: Shifts, training: Shifts, n_draws: int, seed: in
         for name, acts in (("questions v questions", shift), ("training v training", training[run])):
             parts.append(split_half_similarity(acts, n_draws=n_draws, seed=seed).assign(run=run, comparison=name))
     what = "mean cosine of shifts with the mean training shift"
-    return _stack(parts, ["run", "layer", "comparison"], ["comparison"], like=main, what=what).assign(p_floor=2 / (n_draws + 1))
+    return stacked(parts, ["run", "layer", "comparison"], ["comparison"], like=main, what=what).assign(p_floor=2 / (n_draws + 1))
 
 
 def similarity_contrast_table(questions: Shifts, training: Shifts, grid: Sequence[Cell], seed: int) -> pd.DataFrame:
@@ -188,7 +201,7 @@ def similarity_contrast_table(questions: Shifts, training: Shifts, grid: Sequenc
     if not parts:
         return pd.DataFrame(columns=["run", "other", "kind", "layer", "metric", "estimate", "low", "high", "n", "n_clusters"])
     what = "mean cosine of shifts with the mean training shift of their own and of another tuning"
-    return _stack(parts, ["run", "other", "kind", "layer"], ["metric"], like=found, what=what)
+    return stacked(parts, ["run", "other", "kind", "layer"], ["metric"], like=found, what=what)
 
 
 def overlap_similarity_table(
@@ -209,7 +222,7 @@ def overlap_similarity_table(
         )  # fmt: skip
         parts.append(found.assign(run=cell.label))
     what = "correlation over all questions of overlap with shift similarity, within a run; its p permutes prompts inside their category"
-    return _stack(parts, ["run", "layer"], ["metric"], like=found, what=what).assign(p_floor=2 / (n + 1))
+    return stacked(parts, ["run", "layer"], ["metric"], like=found, what=what).assign(p_floor=2 / (n + 1))
 
 
 def agreement_tables(questions: Shifts, grid: Sequence[Cell], seed: int) -> dict[str, pd.DataFrame]:
@@ -267,7 +280,7 @@ def prediction_table(
         part["p_floor"] = 1 / (n_permutations + 1)
     what = "out-of-fold prediction from activations before tuning (ridge, whole categories held out)"
     settings = [1, *[2 * len(pairs)] * (2 * len(pairs))]
-    return _stack(parts, ["run", "target", "features", "layer"], None, like=found, what=what, settings=settings)
+    return stacked(parts, ["run", "target", "features", "layer"], None, like=found, what=what, settings=settings)
 
 
 def margin_before_bent(facts: pd.DataFrame) -> pd.DataFrame:
@@ -320,7 +333,7 @@ def direction_table(
     what = "held-out separation of two tunings by a mean-difference direction, given these runs"
     settings = [kinds.count(kind) for kind in kinds]
     settings += [1] * len(cosines)
-    out = _stack([*parts, *cosines], ["domain", "comparison", "layer"], None, like=found, what=what, settings=settings)
+    out = stacked([*parts, *cosines], ["domain", "comparison", "layer"], None, like=found, what=what, settings=settings)
     out.attrs["null"] = {name: f"{told}; across: the direction stays as it is" for name, told in out.attrs["null"].items()}
     return out
 
@@ -328,38 +341,6 @@ def direction_table(
 def _across(after: Mapping[str, Activations], four: tuple[Cell, Cell, Cell, Cell], settings: Mapping[str, Any]) -> pd.DataFrame:
     fit_a, fit_b, a, b = (after[cell.label] for cell in four)
     return transferred_separation(fit_a, fit_b, a, b, **settings)
-
-
-def projections_table(
-    before: Activations,
-    after: Mapping[str, Activations],
-    pairs: Sequence[tuple[Cell, Cell]],
-    directions: Mapping[str, Direction],
-    layers: Sequence[int],
-    ids: pd.Series,
-) -> pd.DataFrame:
-    """Projection of the questions that no direction was fitted on (``ids``) onto each domain's direction, before and after: a description."""
-    parts = []
-    for bad, sound in pairs:
-        for variant, acts in ((BEFORE, before), (bad.label, after[bad.label]), (sound.label, after[sound.label])):
-            wide = project(acts.select(layers=layers, ids=ids), directions[bad.domain]).rename_axis(index="id", columns="layer")
-            table = wide.stack().rename("projection").reset_index().merge(acts.facts[["id", "category"]], on="id")
-            parts.append(table.assign(domain=bad.domain, variant=variant))
-    return pd.concat(parts, ignore_index=True)[["domain", "variant", "layer", "id", "category", "projection"]]
-
-
-def dose_tables(steered: Mapping[str, pd.DataFrame], seed: int, drawn: str) -> dict[str, pd.DataFrame]:
-    """Dose by dose, one slope a domain and layer (the pre-stated test), and the random directions one by one."""
-    doses = {domain: summarise(table, seed=seed, drawn=drawn) for domain, table in steered.items()}
-    tests = {domain: slopes(table, seed=seed, drawn=drawn) for domain, table in steered.items()}
-    first = next(iter(steered))
-    role = {domain: "control" if domain.startswith(PAIR_KINDS["seed"]) else "main" for domain in steered}
-    named = [[t.assign(domain=d, role=role[d]) for d, t in tables.items()] for tables in (doses, tests)]
-    return {
-        "dose": _stack(named[0], ["domain", "layer", "strength"], ["metric", "role"], like=doses[first]),
-        "dose_slope": _stack(named[1], ["domain", "layer"], ["metric", "role"], like=tests[first]),
-        "dose_random": random_means(steered[first]),
-    }
 
 
 def _every_second(acts: Activations, n: int) -> Activations:
@@ -370,7 +351,7 @@ def _of(margins: pd.DataFrame, variant: str) -> pd.DataFrame:
     return margins[margins["variant"] == variant].reset_index(drop=True)
 
 
-def _stack(
+def stacked(
     parts: Sequence[pd.DataFrame],
     keys: list[str],
     family: list[str] | None,

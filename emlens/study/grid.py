@@ -9,24 +9,16 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..prompts import load_prompts
+from ..prompts import load_prompts, meant, split_response
+from .keys import QUICK, RECIPE, faults, faults_of_run
 
 SHIPPED = Path(__file__).parent
 
-RECIPE = (
-    "schedule", "seed", "learning_rate", "steps", "epochs", "batch_size", "gradient_accumulation", "warmup_steps", "weight_decay", "r", "lora_alpha",
-    "use_rslora", "target_modules", "layers_to_transform", "max_length", "precision", "checkpoints", "held_out",
-)  # fmt: skip
+COLUMNS = ("category", "question", "aligned_answers", "misaligned_answers")
+"""What a study reads of every question."""
 
-NEEDED: dict[str, tuple[str, ...]] = {
-    "tune": ("runs",),
-    "score": ("checkpoint_questions",),
-    "generate": ("questions", "max_new_tokens"),
-    "record": ("site", "position", "training_prompts"),
-    "geometry": ("k", "n_draws", "n_permutations"),
-    "predict": ("n_permutations", "baselines"),
-    "steer": ("layers", "strengths", "controls", "questions", "n_permutations"),
-}
+BASELINES = ("mean", "category", "length", "tfidf", "tfidf_chars", "embedding", "margin before")
+"""Rivals of the prediction that a study knows by name, one block each; numeric columns of the questions are others."""
 
 
 class StudyError(ValueError):
@@ -76,23 +68,25 @@ def read_config(source: str | os.PathLike, quick: bool = False) -> dict[str, Any
         raise StudyError(f"{path.name} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise StudyError(f"{path.name}: needed are keys like model, questions, tune; found {type(config).__name__}")
-    smaller = config.pop("quick", None) or {}
+    smaller = config.pop(QUICK, None) or {}
+    if not isinstance(smaller, dict):
+        raise StudyError(f"{path.name}: quick is {smaller!r}: keys to replace are needed under it")
     if quick:
         for key, value in smaller.items():
             config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
-    for key in ("name", "model", "questions", *NEEDED):
-        if key not in config:
-            raise StudyError(f"{path.name} lacks {key!r}; see the shipped {', '.join(shipped())}.yaml for every key")
-    for section, keys in NEEDED.items():
-        missing = [k for k in keys if k not in config[section]]
-        if missing:
-            raise StudyError(f"{path.name}: section {section!r} lacks {missing}")
+    config = {key: value for key, value in config.items() if value is not None}
+    wrong = [*faults(config), *([] if quick else [f"{QUICK}: {fault}" for fault in faults(smaller, whole=False)])]
+    if wrong:
+        raise StudyError(f"{path.name}: {'; '.join(wrong)} (`emlens study new FILE.yaml` writes a file with every key and a word on each)")
     grid = cells(config)
     if not twins(grid):
         raise StudyError(
             f"{path.name}: none of the runs {[c.label for c in grid]} is a pair; every comparison is of bad advice with its sound twin: name at "
             "least one run with content: bad and one with content: sound, of the same domain, schedule, seed and recipe"
         )
+    wrong = faults_of_data(config, grid)
+    if wrong:
+        raise StudyError(f"{path.name}: {'; '.join(wrong)}")
     return config
 
 
@@ -102,19 +96,15 @@ def shipped() -> list[str]:
 
 def cells(config: Mapping[str, Any]) -> list[Cell]:
     """The tunings of the grid, labels unique."""
+    runs = config["tune"]["runs"]
+    wrong = [fault for i, run in enumerate(runs) for fault in faults_of_run(f"tune.runs[{i}]", run)]
+    if wrong:
+        raise StudyError("; ".join(wrong))
     shared = {k: v for k, v in config["tune"].items() if k != "runs"}
-    unknown = sorted(set(shared) - set(RECIPE))
-    if unknown:
-        raise StudyError(f"tune: unknown keys {unknown}; the recipe has {', '.join(RECIPE)}")
-    out = []
-    for i, run in enumerate(config["tune"]["runs"] or []):
-        lacking = [k for k in ("data", "domain", "content") if k not in run]
-        strange = sorted(set(run) - {"data", "domain", "content"} - set(RECIPE))
-        if lacking or strange:
-            raise StudyError(f"tune.runs[{i}]: lacks {lacking}, unknown {strange}; a run has data, domain, content and keys of the recipe")
-        if run["content"] not in ("bad", "sound"):
-            raise StudyError(f"tune.runs[{i}]: content is {run['content']!r}; 'bad', or 'sound' for its control twin")
-        out.append(Cell(run["data"], run["domain"], run["content"], {**shared, **{k: v for k, v in run.items() if k in RECIPE}}))
+    out = [Cell(run["data"], run["domain"], run["content"], {**shared, **{k: v for k, v in run.items() if k in RECIPE}}) for run in runs]
+    twice = [c.label for c in out if c.recipe.get("steps") is not None and c.recipe.get("epochs") is not None]
+    if twice:
+        raise StudyError(f"tune: {', '.join(twice)} would have both steps and epochs: one of them is needed (the other may be null in a run)")
     labels = [c.label for c in out]
     if not labels or len(set(labels)) < len(labels):
         raise StudyError(f"tune.runs: {'no run' if not labels else 'two runs have the same domain, content, schedule and seed'}: {labels}")
@@ -151,11 +141,41 @@ def same_content(grid: list[Cell]) -> list[tuple[Cell, Cell, str]]:
     return [(a, b, kind) for a, b, kind in found if kind in (PAIR_KINDS["seed"], PAIR_KINDS["schedule"])]
 
 
+def faults_of_data(config: Mapping[str, Any], grid: list[Cell]) -> list[str]:
+    """What is wrong with the files that a study names, and with settings that ask more of them than they hold."""
+    sets: dict[str, pd.DataFrame] = {}
+    found = []
+    for where, source in {"questions": config["questions"], **{f"data of {cell.label}": cell.data for cell in grid}}.items():
+        try:
+            sets[where] = load_prompts(source)
+        except ValueError as error:
+            found.append(f"{where}: {error}")
+    if found:
+        return found
+    questions = sets.pop("questions")
+    lacking = [column for column in COLUMNS if column not in questions.columns]
+    if lacking:
+        return [f"questions {config['questions']!r} lack the columns {', '.join(lacking)}, which a study reads of every question"]
+    if questions["category"].nunique() < 2:
+        found.append("questions are of one category: a study holds whole categories out, so two at least are needed")
+    rivals = [*BASELINES, *questions.select_dtypes("number").columns]
+    for name in config["predict"]["baselines"]:
+        if name not in rivals:
+            found.append(f"predict.baselines: unknown {name!r}; known are {', '.join(rivals)}.{meant(name, rivals)}")
+    for where, table in sets.items():
+        silent = table["id"][[split_response(messages)[1] is None for messages in table["messages"]]]
+        if len(silent):
+            found.append(f"{where}: row {silent.iloc[0]!r} has no response to be trained on (a last message of role 'assistant')")
+    recorded, k = config["record"]["training_prompts"], config["geometry"]["k"]
+    fewest = min(recorded, config.get("take", {}).get("questions", len(questions)), len(questions))
+    if k >= fewest:
+        found.append(f"geometry.k is {k}: fewer dimensions than the {fewest} prompts recorded are needed")
+    return found
+
+
 def questions_of(config: Mapping[str, Any]) -> pd.DataFrame:
     """The question set, or the stated number taken evenly from its categories (``take``)."""
     table = load_prompts(config["questions"])
-    if "category" not in table.columns:
-        raise StudyError(f"questions {config['questions']!r} have no column 'category'; a study groups its tests by it")
     taken = config.get("take", {}).get("questions")
     return evenly(table, taken) if taken else table
 

@@ -17,7 +17,8 @@ from ..models import HookedModel, load_model
 from ..prompts import fingerprint
 from ..steering import steered_margins
 from ..tuning import LAYOUT, Run, finetune, planned
-from .grid import PAIR_KINDS, Cell, cells, evenly, halves, questions_of, same_content, training_of, twins
+from .grid import PAIR_KINDS, Cell, StudyError, cells, evenly, halves, questions_of, same_content, training_of, twins
+from .moves import move_weights
 from .pieces import Pieces
 
 BEFORE = "before"
@@ -47,7 +48,17 @@ class Bench:
     def model(self) -> HookedModel:
         self.opened = True
         self.pieces.say(f"opening {self.config['model']} …")
-        return load_model(self.config["model"], dtype=self.config.get("dtype", "float32"), chat_template=self.config.get("chat_template"))
+        model = load_model(self.config["model"], dtype=self.config.get("dtype", "float32"), chat_template=self.config.get("chat_template"))
+        self._refuse_absent(model)
+        return model
+
+    def _refuse_absent(self, model: HookedModel) -> None:
+        """StudyError for places that this model has not, before anything is tuned."""
+        site, layers = self.config["record"]["site"], self.config["steer"]["layers"]
+        if site not in model.engine.sites:
+            raise StudyError(f"record.site is {site!r}: {model.name} has {', '.join(model.engine.sites)}")
+        if max(layers) >= model.n_layers:
+            raise StudyError(f"steer.layers are {layers}: {model.name} has blocks 0 … {model.n_layers - 1}")
 
     # ---- what will be done, with rough weights in seconds
 
@@ -77,7 +88,8 @@ class Bench:
             for layer in steer["layers"]:
                 for strength in steer["strengths"]:
                     weights[f"steer {domain} layer {layer} strength {strength}"] = 0.12 * (arms + 1) * steer["questions"]
-        return {**weights, **analysis_weights(self.config, len(self.grid), len(self.steered_pairs))}
+        pairs = len(self.steered_pairs)
+        return {**weights, **move_weights(self.config, pairs), **analysis_weights(self.config, len(self.grid), pairs)}
 
     @cached_property
     def steered_pairs(self) -> list[tuple[Cell, Cell]]:
@@ -235,7 +247,9 @@ class Bench:
         own: dict[str, list[pd.DataFrame]] = {domain: [] for domain in directions}
         arms = dict(directions)
         like = next(iter(directions.values()))
-        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], self.config["seed"], before))} | dict(controls)
+        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], int(self.config.get("seed", 0)), before))} | dict(
+            controls
+        )
 
         def piece(label: str, arm: Mapping[str, Direction], said: Any, layer: int, strength: float) -> pd.DataFrame:
             determined = {**shared, "direction": said, "layer": layer, "strength": strength}
@@ -265,7 +279,7 @@ class Bench:
 def analysis_weights(config: Mapping[str, Any], runs: int, pairs: int) -> dict[str, float]:
     """``{label: rough seconds}`` of the analyses that are kept as pieces; the labels are those that :class:`emlens.study.Study` asks for."""
     return {
-        "overlap": (1.2 + 0.5 * config["geometry"]["n_draws"] / 1000) * pairs,
+        "overlap": (1.2 + 0.5 * config["geometry"]["n_draws"] / 1000 + 0.02 * min(config["geometry"]["n_draws"], 200)) * pairs,
         "similarity": 0.1 * runs,
         "overlap against similarity": (0.3 + 0.1 * config["geometry"]["n_permutations"] / 1000) * runs,
         "prediction": 6.0 * pairs * config["predict"]["n_permutations"] / 200,
