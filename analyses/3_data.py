@@ -3,7 +3,7 @@
 #
 # From the paper's published tables: one row per prompt of three narrow tunings at two layers and two positions (12 settings). Recomputes
 # every correlation the tables allow (288 of the 960 printed in the figures) and the other numbers of part 3, says which are met, and puts the
-# controls beside the paper's reading: prompts permuted (everywhere, and inside their category), prompt length, category, the one-line baseline,
+# controls beside the paper's reading: prompts permuted, what is left inside categories, prompt length, category, the one-line baseline,
 # a random subspace, and what the tunings say together. Settings are never pooled, except to check one number that was.
 #
 #     python analyses/3_data.py [--paper ../shared/paper] [--out figures] [--draws 2000]
@@ -59,7 +59,7 @@ PARTIALS = {
 }  # covariates taken out of overlap and similarity both
 ROUNDING = 1e-4  # the tables keep five or six digits: enough to move a correlation of shift cosines (which hardly differ) by about as much
 FILES = ["per_prompt.csv.gz", "per_prompt_by_k.csv.gz", "figure_correlations.csv", "prompt_overlap_by_fixed_k.csv", "steered_eval.csv"]
-INSIDE = "prompts permuted inside category"
+INSIDE = "residuals permuted inside category"
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--paper", type=Path, default=Path("../shared/paper"), help="folder of the published tables")
@@ -102,11 +102,21 @@ print(f"{len(per_prompt)} rows; the published overlap is the root of the energy 
 
 
 # %%
-def correlate(part: pd.DataFrame, x: str, y: str, metric: str, method: str = "pearson", within: str | None = None) -> dict[str, Any]:
+def correlate(part: pd.DataFrame, x: str, y: str, metric: str, method: str = "pearson") -> dict[str, Any]:
     """A Result row: the correlation over one setting's prompts; whole categories drawn for the interval."""
-    inside, columns = (None if within is None else part[within].to_numpy()), (part[x].to_numpy(), part[y].to_numpy())
-    row = stats.correlation(*columns, part["category"].to_numpy(), args.draws, SEED, method, inside, n_boot=args.draws)
-    return {"metric": metric, "null": "prompts permuted" if within is None else INSIDE, "estimate": row.pop("r"), **row}
+    columns = part[x].to_numpy(), part[y].to_numpy()
+    row = stats.correlation(*columns, part["category"].to_numpy(), args.draws, SEED, method, n_boot=args.draws)
+    return {"metric": metric, "null": "prompts permuted", "estimate": row.pop("r"), **row}
+
+
+def partial(part: pd.DataFrame, x: pd.Series, y: pd.Series, metric: str, covariates: list[str]) -> dict[str, Any]:
+    """A Result row: the correlation with covariates taken out of both. With the category among them it is of what lies inside categories, and
+    residuals are permuted there only; whole categories drawn for the interval."""
+    groups, inside = part["category"].to_numpy(), "category" in covariates
+    row = partial_correlation(
+        x.to_numpy(), y.to_numpy(), part[covariates], groups, args.draws, SEED, n_boot=args.draws, within=groups if inside else None
+    )
+    return {"metric": metric, "null": INSIDE if inside else "residuals permuted", "estimate": row.pop("r"), **row}
 
 
 def by_setting(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
@@ -128,8 +138,8 @@ def beside_printed(recomputed: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFr
 
 
 told: dict[str, Any] = {"seed": SEED, "n_permutations": args.draws, "interval": "95%, bootstrap over whole categories"}
-nulls = {name: em.nulls.describe(name) for name in ("prompts permuted", "equal correlations", "residuals permuted")}
-nulls[INSIDE] = nulls["prompts permuted"] + ", inside their category"
+nulls = {name: em.nulls.describe(name) for name in ("prompts permuted", "residuals permuted")}
+nulls |= {INSIDE: nulls["residuals permuted"] + ", inside their category", "equal correlations": em.nulls.describe("equal correlations, clusters")}
 recomputed = stats.result(
     [
         {"pca_k": k, "x": x, "y": y, **keys, **correlate(part, x, y, "pearson")}
@@ -152,7 +162,6 @@ for keys, part in by_setting(at[0.95]):
     x, y, groups = (part[name].to_numpy() for name in (OVERLAP, SIMILARITY, "category"))
     rows += [
         keys | correlate(part, OVERLAP, SIMILARITY, "overlap"),
-        keys | correlate(part, OVERLAP, SIMILARITY, "overlap", within="category"),
         keys | correlate(part, OVERLAP, SIMILARITY, "overlap, ranks", "spearman"),
         keys | correlate(part, BASELINE, SIMILARITY, "baseline"),
         keys | correlate(part, RANDOM, SIMILARITY, "random subspace"),
@@ -164,9 +173,7 @@ for keys, part in by_setting(at[0.95]):
     for rival, column in (("baseline", BASELINE), ("random subspace", RANDOM)):
         row = correlation_contrast(x, part[column].to_numpy(), y, groups, n_boot=args.draws, seed=SEED)
         rows.append(keys | {"metric": f"overlap minus {rival}", "null": "equal correlations", "estimate": row.pop("difference"), **row})
-    for name, covariates in PARTIALS.items():
-        row = partial_correlation(x, y, part[covariates], groups, args.draws, SEED, n_boot=args.draws)
-        rows.append(keys | {"metric": f"overlap {name}", "null": "residuals permuted", "estimate": row.pop("r"), **row})
+    rows += [keys | partial(part, part[OVERLAP], part[SIMILARITY], f"overlap {name}", covariates) for name, covariates in PARTIALS.items()]
 controls = stats.result(
     rows, SETTING, family=["metric", "null"], null=nulls, covariates=PARTIALS, **told,
     what="correlation over prompts with shift similarity, each setting alone, beside its controls",
@@ -174,13 +181,13 @@ controls = stats.result(
 
 # %% [markdown]
 # ## What the three tunings say together, at each place; and without one of them
-# The tunings share a model or questions, so the intervals of the mean are too narrow; and three are few to foretell a fourth.
+# The tunings share a model or questions, so the intervals of the mean are too narrow, Hartung and Knapp's too; and three are few to foretell a
+# fourth.
 
 # %%
-single = controls[controls["null"] != INSIDE]
 together = pd.concat(
     [
-        over_settings(single[single["tuning"] != left_out], metric, ["published_layer", "position"], "interval").assign(left_out=left_out)
+        over_settings(controls[controls["tuning"] != left_out], metric, ["published_layer", "position"], "interval").assign(left_out=left_out)
         for left_out in ("", *TUNINGS.values())
         for metric in ("overlap", "baseline", *(f"overlap {name}" for name in PARTIALS))
     ],
@@ -188,13 +195,13 @@ together = pd.concat(
 )
 together = stats.result(
     together, ["left_out", "published_layer", "position"], family=["left_out", "metric"], variance="interval",
-    null={"mean correlation 0": em.nulls.describe("mean correlation 0")}, interval="95%, normal, of the mean tuning; predicted_*: of a new one",
+    null={"mean correlation 0": em.nulls.describe("mean correlation 0")}, interval="95%, Hartung and Knapp, of the mean tuning; predicted_*: of a new one",
     what="random-effects mean over tunings of their correlations, at each place; left_out: without that tuning",
 )  # fmt: skip
 
 # %% [markdown]
 # ## Does it reach the answers?
-# Scores of single questions are in the tables for two of the three tunings.
+# Scores of single questions are in the tables for two of the three tunings. Inside categories: ranks taken inside each, as shares of it.
 
 # %%
 scores = pd.read_csv(args.paper / "part2" / "question_scores.csv.gz").query("results_dir == 'generated_results_hbp'")
@@ -203,13 +210,17 @@ scores = scores.assign(tuning=scores["run"].map(runs)).rename(columns={"question
 scored = per_prompt.merge(scores.dropna(), on=["tuning", "id"], validate="many_to_one")
 links = stats.result(
     [
-        keys | correlate(part, column, "harmless", f"{name} with harmless", "spearman", within)
+        keys | row
         for keys, part in by_setting(scored)
+        for ranks in [part.groupby("category")[[SIMILARITY, OVERLAP, "harmless"]].rank(pct=True)]
         for name, column in (("shift cosine", SIMILARITY), ("overlap", OVERLAP))
-        for within in (None, "category")
+        for row in (
+            correlate(part, column, "harmless", f"{name} with harmless", "spearman"),
+            partial(part, ranks[column], ranks["harmless"], f"{name} with harmless inside categories", ["category"]),
+        )
     ],
     SETTING, family=["metric", "null"], null={name: nulls[name] for name in ("prompts permuted", INSIDE)}, **told,
-    what="Spearman correlation over prompts with the tuned model's harmless score, each setting alone",
+    what="Spearman correlation over prompts (inside categories: of ranks there) with the tuned model's harmless score, each setting alone",
 )  # fmt: skip
 
 # %% [markdown]
@@ -218,10 +229,9 @@ links = stats.result(
 
 
 # %%
-def rows_of(metric: str, position: str, layer: int | None = None, null: str | None = None, table: pd.DataFrame = controls) -> pd.DataFrame:
-    """Rows of one metric at one position (and layer), with its first null unless another is named; in the order of the settings."""
+def rows_of(metric: str, position: str, layer: int | None = None, table: pd.DataFrame = controls) -> pd.DataFrame:
+    """Rows of one metric at one position (and layer), in the order of the settings."""
     chosen = table[(table["metric"] == metric) & (table["position"] == position)]
-    chosen = chosen[chosen["null"] == (null or chosen["null"].iloc[0])]
     return chosen if layer is None else chosen[chosen["published_layer"] == layer]
 
 
@@ -284,20 +294,19 @@ for what, decimals, numbers, found in PUBLISHED:
 
 # %% [markdown]
 # ## What was found
-# Told apart from its null: q < .05, and an interval over categories without 0 (prompts of one category are no independent witnesses).
+# Told apart from 0: q < .05, and an interval over categories without 0 (prompts of one category are no independent witnesses).
 
 
 # %%
 def sure(rows: pd.DataFrame) -> pd.Series:
-    """Whether q is small and, for prompts permuted everywhere, the interval over categories leaves out 0 too."""
-    apart = (rows["low"] > 0) | (rows["high"] < 0) | (rows["null"] == INSIDE)
-    return (rows["q"] < ALPHA) & apart
+    """Whether q is small and the interval over categories leaves out 0 too."""
+    return (rows["q"] < ALPHA) & ((rows["low"] > 0) | (rows["high"] < 0))
 
 
 def tally(rows: pd.DataFrame) -> str:
-    """The estimates, and in how many of the settings they are above what their null gives, below it, or not told apart from it."""
-    up = rows["estimate"] > ((rows["null_low"] + rows["null_high"]) / 2).fillna(0)
-    counts = {"above its null": (sure(rows) & up).sum(), "below its null": (sure(rows) & ~up).sum(), "no evidence": (~sure(rows)).sum()}
+    """The estimates, and in how many of the settings they are told apart from 0, above it or below it."""
+    up = rows["estimate"] > 0
+    counts = {"above 0": (sure(rows) & up).sum(), "below 0": (sure(rows) & ~up).sum(), "no evidence": (~sure(rows)).sum()}
     return f"{' '.join(f'{x:.3f}' for x in rows['estimate'])} ({', '.join(f'{c} {n} of {len(rows)}' for c, n in counts.items() if n)})"
 
 
@@ -333,11 +342,11 @@ for position in both:
                 "a new one {predicted_low:.2f} to {predicted_high:.2f}".format(**mean[mean["left_out"] == ""].iloc[0])
             )
     findings.append(f"{position}, layers 32 and 64 of each tuning:")
-    findings.append(f"  overlap, prompts permuted inside their category: {tally(rows_of('overlap', position, null=INSIDE))}")
     for metric in (*(f"overlap {name}" for name in PARTIALS), "baseline", "overlap minus baseline", "overlap minus random subspace", "length"):
         findings.append(f"  {metric}: {tally(rows_of(metric, position))}")
     for name in ("shift cosine with harmless", "overlap with harmless"):
-        findings.append(f"  {name}, ranks, permuted inside category, Coder only: {tally(rows_of(name, position, null=INSIDE, table=links))}")
+        for metric in (name, f"{name} inside categories"):
+            findings.append(f"  {metric}, ranks, Coder only: {tally(rows_of(metric, position, table=links))}")
 print("\n".join(findings))
 
 # %% [markdown]
@@ -365,12 +374,12 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 three = together[(together["metric"] == "overlap over settings") & (together["left_out"] == "")].assign(tuning="mean of three,")
-drawn = labelled(pd.concat([single[single["metric"] == "overlap"], three], ignore_index=True))
+drawn = labelled(pd.concat([controls[controls["metric"] == "overlap"], three], ignore_index=True))
 figure = plots.paired(drawn, ["setting"], color="position", alpha=ALPHA, x_title="r over prompts: overlap with shift similarity")
 write(figure, together, "overlap", "Does a prompt nearer the training prompts shift more like them?", attrs=together.attrs, findings=findings)
 
 several = ["overlap", *(f"overlap {name}" for name in PARTIALS), "baseline", "random subspace", "length", "overlap with energy beyond the mean"]
-drawn = labelled(single[single["metric"].isin(several)])
+drawn = labelled(controls[controls["metric"].isin(several)])
 drawn = drawn.sort_values("metric", key=lambda names: names.map(several.index), kind="stable")
 figure = plots.matrix(drawn, "metric", "setting", "estimate", span=1, unit="r over prompts with shift similarity (last column: as named)")
 attrs = {"controls": controls.attrs, "harmless": links.attrs}

@@ -28,8 +28,7 @@ LAYER = 15  # the demo's
 STRENGTH = 0.25  # added and taken away, so that what any push does both ways cancels
 CONTROLS = 50  # random directions, shared by the personas
 QUESTIONS = 32
-ABLATED = 10  # random directions of either kind that are ablated in the direction's place
-PLACES = {"all layers": "all", f"layer {LAYER}": [LAYER]}  # the first is pre-stated, the second was added when it had been seen
+ABLATED = 12  # random directions of either kind that are ablated in the direction's place
 MIXTURES = 10  # disjoint tenths of the bad rows, each among the sound rows of the others
 SEED = 0
 
@@ -90,46 +89,57 @@ for row in table.to_dict("records"):
 
 # %% [markdown]
 # ## 2. What comes back when the direction is ablated
-# The direction is fitted on one half of the questions; the margin is read on the other. Share = (ablated − bad) / (sound − bad).
+# The direction is fitted on one half of the questions; the margin is read on the other. Share = (ablated − random) / (sound − bad): what comes
+# back beyond what any ablation does, of what was lost. The first row of a domain is pre-stated, the others were added when it had been seen.
 
 # %%
 fit, test = halves(questions)
+categories = test["category"].to_numpy()
 ablations = []
 for domain in runs["domain"].drop_duplicates():
     bad, sound = (load(f"questions {first[domain, content]}") for content in ("bad", "sound"))
     direction = em.mean_difference(bad.select(ids=fit["id"]), sound.select(ids=fit["id"]), name=f"{domain}: bad − sound")
     margin = {content: model.margin(test, f"{domain}-{content}", "bfloat16")["margin"].to_numpy() for content in ("bad", "sound")}
-    lost = margin["sound"].mean() - margin["bad"].mean()
-    drawn = {
-        "drawn from the covariance of the tuned activations": em.random_directions(direction, ABLATED, SEED, bad),
-        "uniform on the sphere": em.random_directions(direction, ABLATED, SEED),
-    }
-    for place, layers in PLACES.items():
-        back = {}
-        for name, each in {"direction": [direction], **drawn}.items():
-            changes = []
-            for one in each:
-                with model.ablate(one, layers=layers):
-                    changes.append(model.margin(test, f"{domain}-bad", "bfloat16")["margin"].to_numpy() - margin["bad"])
-            back[name] = np.array(changes)
-        own = back.pop("direction")[0]
-        low, high = stats.bootstrap_interval(own, clusters=test["category"].to_numpy(), seed=SEED)
-        for name, controls in back.items():
-            random_mean = controls.mean(axis=1)
-            ablations.append(
-                {"domain": domain, "ablated at": place, "metric": "margin that comes back", "estimate": own.mean(), "low": low, "high": high,
-                 "n": len(test), "null": f"random directions {name}", **steering.among_random(own.mean(), random_mean),
-                 "lost": lost, "share": own.mean() / lost, "share_of_random": random_mean.mean() / lost, "randoms": ABLATED}
-            )  # fmt: skip
+    lost = margin["sound"] - margin["bad"]
+
+    def back(ablated: list[em.Direction], layers: str | list[int], domain: str = domain, bad: np.ndarray = margin["bad"]) -> np.ndarray:
+        """[direction, question]: the bad tuning's margin with each direction ablated, minus without."""
+        changes = []
+        for one in ablated:
+            with model.ablate(one, layers=layers):
+                changes.append(model.margin(test, f"{domain}-bad", "bfloat16")["margin"].to_numpy() - bad)
+        return np.array(changes)
+
+    matched, uniform = em.random_directions(direction, ABLATED, SEED, bad), em.random_directions(direction, ABLATED, SEED)
+    own = {"all layers": back([direction], "all")[0], f"layer {LAYER}": back([direction], [LAYER])[0]}
+    for place, kind, controls in (
+        ("all layers", "drawn from the covariance of the tuned activations", back(matched, "all")),
+        ("all layers", "uniform on the sphere", back(uniform, "all")),
+        (f"layer {LAYER}", "drawn from the covariance of the tuned activations", back(matched, [LAYER])),
+    ):
+        came, drawn = own[place], controls.mean(axis=1)
+        low, high = stats.bootstrap_interval(came, clusters=categories, seed=SEED)
+        both = np.column_stack([came - controls.mean(axis=0), lost])
+        share_low, share_high = stats.bootstrap_interval(both, lambda rows: rows[:, 0].sum() / rows[:, 1].sum(), clusters=categories, seed=SEED)
+        ablations.append(
+            {"domain": domain, "ablated at": place, "metric": "margin that comes back", "estimate": came.mean(), "low": low, "high": high,
+             "n": len(test), "null": f"random directions {kind}", **steering.among_random(came.mean(), drawn), "randoms": ABLATED,
+             "random_mean": drawn.mean(), "lost": lost.mean(), "share": both[:, 0].sum() / both[:, 1].sum(), "share_low": share_low,
+             "share_high": share_high}
+        )  # fmt: skip
 ablated = stats.result(
     ablations, ["domain", "ablated at"], what="margin (nats/token) that comes back when the direction is ablated", correction="holm",
     family=["ablated at", "null"], seed=SEED, interval="95%, bootstrap over whole categories",
 )  # fmt: skip
-print(
-    ablated[["domain", "ablated at", "null", "lost", "estimate", "low", "high", "null_low", "null_high", "q", "share", "share_of_random", "n"]]
-    .round(3)
-    .to_string(index=False)
-)
+print(ablated.drop(columns=["metric", "p", "n_clusters"], errors="ignore").round(3).to_string(index=False))
+for row in ablated.to_dict("records"):
+    if row["random_mean"] + row["lost"] <= row["null_high"]:
+        verdict = "no statement: what was lost is less than random directions differ from one another, so not even all of it coming back would show"
+    elif row["q"] < 0.05 and row["estimate"] > row["null_high"]:
+        verdict = f"comes back beyond random directions: {row['share']:.0%} of what was lost [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+    else:
+        verdict = "no evidence that it brings anything back beyond random directions"
+    print(f"{row['domain']}, {row['ablated at']}, {row['null']}: {verdict}")
 
 # %% [markdown]
 # ## 3. Screening
@@ -168,22 +178,34 @@ for domain, other in (("money", "repair"), ("repair", "money")):
     n = len(scores["bad"])
     tenths = np.array_split(np.random.default_rng(SEED).permutation(n), MIXTURES)
     weights = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=2000).astype(float)  # questions drawn anew
+    aucs = {}
     for column in scores["bad"].columns:
         x, y = (scores[c][column].to_numpy() for c in ("bad", "sound"))
         wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
         np.fill_diagonal(wins, 0)  # a question is bad or sound in a mixture, not both: the mean over all mixtures
         pairs_ = 1 - np.eye(n)
         auc = float(wins.sum() / pairs_.sum())
-        low, high = np.quantile(np.einsum("ri,ij,rj->r", weights, wins, weights) / np.einsum("ri,ij,rj->r", weights, pairs_, weights), [0.025, 0.975])
+        drawn = np.einsum("ri,ij,rj->r", weights, wins, weights) / np.einsum("ri,ij,rj->r", weights, pairs_, weights)
+        aucs[column] = (auc, drawn)
+        low, high = np.quantile(drawn, [0.025, 0.975])
         top = np.mean([np.isin(np.argsort(-np.where(np.isin(range(n), t), x, y))[: len(t)], t).mean() for t in tenths])
         row = {"domain": domain, "direction of": other, "score": column, "n": n}
-        screened.append({**row, "metric": "auc", "estimate": auc, "low": low, "high": high})
-        screened.append({**row, "metric": "precision at the top tenth", "estimate": top})
+        screened.append({**row, "metric": "auc", "estimate": auc, "low": low, "high": high, "chance": 0.5})
+        screened.append({**row, "metric": "precision at the top tenth", "estimate": top, "chance": 1 / MIXTURES})
+    text_auc, text_drawn = aucs["TF-IDF"]
+    for column in ("projection difference", "projection"):
+        ends = np.quantile(aucs[column][1] - text_drawn, [0.025, 0.975])
+        row = {"domain": domain, "direction of": other, "score": column, "n": n, "chance": 0.0}
+        screened.append({**row, "metric": "auc minus TF-IDF's", "estimate": aucs[column][0] - text_auc, "low": ends[0], "high": ends[1]})
 screening = stats.result(
     screened, ["domain", "score"], what="bad rows hidden 1:9 among sound ones: AUC over all mixtures, precision in ten of them", correction="none",
     seed=SEED, interval="95%, bootstrap over questions",
 )  # fmt: skip
-print(screening[["domain", "score", "metric", "estimate", "low", "high", "n"]].round(3).to_string(index=False))
+print(screening[["domain", "score", "metric", "estimate", "low", "high", "chance", "n"]].round(3).to_string(index=False))
+for row in screening[screening["metric"] == "auc minus TF-IDF's"].to_dict("records"):
+    verdict = "better than TF-IDF" if row["low"] > 0 else "worse than TF-IDF" if row["high"] < 0 else "no difference from TF-IDF shown"
+    asked_first = "pre-stated" if row["score"] == "projection difference" else "exploratory"
+    print(f"{row['domain']}, {row['score']} ({asked_first}): {verdict}")
 
 # %% [markdown]
 # ## Kept

@@ -1,20 +1,23 @@
 """From two sets of prompts to what their overlap stands beside: halves of both, and the draws of every null, layer by layer."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from . import nulls as null_draws
-from ._sides import check_same_layers
+from ._sides import check_same_layers, facts_column
 from .activations import Activations
 from .covariance import covariance_overlaps, population
 from .measures import Measure, measure_named
+from .resampling import codes_of
 from .subspaces import Sample, common_coordinates, n_components
 
 Halves: TypeAlias = list[tuple[Sample, Sample]]
+Splits: TypeAlias = list[tuple[Int[np.ndarray, " half"], Int[np.ndarray, " half"]]]
 _ENOUGH = 1000  # reference prompts, or four times b's: more would hardly change the covariance null, and would cost
 _FITTING = {
     "subspaces": ("isotropic", "covariance", "labels", "questions", "reference"),
@@ -25,21 +28,26 @@ _WHY_NOT = {
     "covariance": "it draws subspaces; an Activations of reference prompts asks the same by prompt",
     "pairs": "it permutes which prompt goes with which, and this measure pairs none",
 }
+Clusters: TypeAlias = str | tuple[str | None, str | None] | None
+Groups: TypeAlias = Int[np.ndarray, " prompt"] | None
 _OF_PAIRS = "linear CKA pairs prompts and is blind to rotations; nulls='pairs' permutes which prompt goes with which"
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Both sides of an overlap, the measure, and at each layer how many components of a and of b it takes."""
+    """Both sides of an overlap, the measure, at each layer how many components of a and of b it takes, and the columns that hold which
+    prompts go together (clusters)."""
 
     a: Activations
     b: Activations
     measure: Measure
     sizes: tuple[tuple[int, int], ...]
+    clusters: tuple[str | None, str | None]
 
     @classmethod
-    def of(cls, a: Activations, b: Activations, k: int | tuple[int, int], variance: float | None, measure: str) -> "Sides":
+    def of(cls, a: Activations, b: Activations, k: int | tuple[int, int], variance: float | None, measure: str, clusters: Clusters = None) -> "Sides":
         """Checked; b in a's order where both hold the same prompts."""
+        named = clusters if isinstance(clusters, tuple) else (clusters, clusters)
         check_same_layers(a, b)
         how = measure_named(measure)
         if set(a.ids) == set(b.ids):
@@ -48,10 +56,10 @@ class Sides:
             raise ValueError(f"{measure} pairs prompts, and the sides hold different ones: select(ids=...) the common ones on both")
         if variance is None:
             k_a, k_b = k if isinstance(k, Sequence) else (k, k)
-            return cls(a, b, how, ((k_a, k_b),) * len(a.layers))
+            return cls(a, b, how, ((k_a, k_b),) * len(a.layers), named)
         explained = (a, b) if how.kind == "subspaces" else (a,)
         needed = [max(n_components(side.layer(layer), variance) for side in explained) for layer in a.layers]
-        return cls(a, b, how, tuple((k, k) for k in needed))
+        return cls(a, b, how, tuple((k, k) for k in needed), named)
 
     @property
     def same_prompts(self) -> bool:
@@ -73,20 +81,34 @@ class Sides:
                 raise ValueError(f"layer {layer}: {error}") from error
         return np.array(found)
 
-    def halves_span(self) -> list[bool]:
+    @property
+    def groups(self) -> tuple[Groups, Groups]:
+        """Which prompts of a, and of b, go together, as integers from 0; None where each is its own."""
+        return groups_of(self.a, self.clusters[0]), groups_of(self.b, self.clusters[1])
+
+    def splits(self, n_splits: int, seed: int, n: int | None = None) -> tuple[Splits, Splits]:
+        """The rows of both halves of every split, of a and of b; the same prompts are split alike, clusters stay whole. n: prompts a half
+        on both sides, or as many as the smallest half of whole clusters has."""
+        rng, (in_a, in_b) = np.random.default_rng(seed), self.groups
+        of_a = null_draws.halves(self.a.n_prompts, n_splits, rng, n, in_a)
+        of_b = of_a if self.same_prompts else null_draws.halves(self.b.n_prompts, n_splits, rng, n, in_b)
+        if n is None or in_a is in_b is None:
+            return of_a, of_b
+        least = min(len(of_a[0][0]), len(of_b[0][0]))
+        of_a, of_b = ([(one[:least], other[:least]) for one, other in split] for split in (of_a, of_b))
+        return of_a, of_b
+
+    def halves_span(self, splits: tuple[Splits, Splits]) -> list[bool]:
         """Whether, at every layer, half of the prompts span as many directions as are asked for."""
-        a, b = self.a.n_prompts // 2, self.b.n_prompts // 2
+        a, b = (len(side[0][0]) for side in splits)
         if self.measure.kind == "pairs":
             return [a >= 4 for _ in self.sizes]
         return [a > k_a and (self.measure.kind == "prompts" or b > k_b) for k_a, k_b in self.sizes]
 
-    def halves(self, n_splits: int, seed: int, n: int | None = None) -> Iterator[tuple[Halves, Halves]]:
-        """At every layer, both halves of every split, of a and of b; the same prompts are split alike."""
-        rng = np.random.default_rng(seed)
-        of_a = null_draws.halves(self.a.n_prompts, n_splits, rng, n)
-        of_b = of_a if self.same_prompts else null_draws.halves(self.b.n_prompts, n_splits, rng, n)
+    def halves(self, splits: tuple[Splits, Splits]) -> Iterator[tuple[Halves, Halves]]:
+        """At every layer, both halves of every split, of a and of b."""
         for samples in self.layers():
-            a, b = ([(side.part(one), side.part(other)) for one, other in splits] for side, splits in zip(samples, (of_a, of_b), strict=True))
+            a, b = ([(side.part(one), side.part(other)) for one, other in split] for side, split in zip(samples, splits, strict=True))
             yield a, b
 
 
@@ -101,10 +123,13 @@ class Null:
         """The tail its p is of."""
         return measure.apart if self.kind == "labels" else measure.closer
 
-    def told(self, measure: Measure) -> str:
+    def told(self, sides: Sides) -> str:
         """What `.attrs["null"]` says of it."""
         name = "isotropic subspace" if self.kind == "isotropic" else self.kind
-        text = null_draws.describe(name, None if self.kind == "questions" else self.tail(measure))
+        text = null_draws.describe(name, None if self.kind == "questions" else self.tail(sides.measure))
+        if self.kind == "labels" and (groups := _of_both(sides)) is not None:
+            many = null_draws.arrangements(sides.a.n_prompts, groups, sides.same_prompts)
+            text += "; clusters: prompts dealt out inside the groups that both sides hold" if many is None else f"; whole clusters, in {many} ways"
         return text if self.reference is None else f"{text}; {self.reference.n_prompts} reference prompts"
 
     def draws(self, sides: Sides, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:
@@ -134,6 +159,8 @@ def nulls_asked(nulls: Sequence[str | Activations] | str | Activations, sides: S
     if reference is not None and "covariance" not in asked:
         raise ValueError("reference= is the set that null 'covariance' draws from, and that was not asked for; as a null by itself: nulls=reference")
     common = len(set(sides.a.ids) & set(sides.b.ids))
+    if "labels" in asked:
+        _of_both(sides)
     if "labels" in asked and common and not sides.same_prompts:
         raise ValueError(f"{common} prompts are on both sides, others on one only: null 'labels' needs sides that share all prompts or none")
     return asked
@@ -152,7 +179,39 @@ def _separate(sides: Sides, reference: Activations | None) -> Activations:
             raise ValueError(
                 f"{reference.n_prompts - len(strange)} prompts of the reference are in {name} too: null 'covariance' needs a separate reference set"
             )
+    if reference.n_prompts < 2 * sides.b.n_prompts:
+        warnings.warn(
+            f"the reference holds {reference.n_prompts} prompts, b {sides.b.n_prompts}: below twice as many, null 'covariance' rejects too often "
+            "(up to 0.11 at .05, 0.13 with heavy tails); give more, or the reference itself as a null, which is exact at any size",
+            UserWarning,
+            stacklevel=5,
+        )
     return reference
+
+
+def groups_of(acts: Activations, name: str | None) -> Groups:
+    """The groups of a column of the facts as integers from 0; None without a name."""
+    column = facts_column(acts, name)
+    return None if column is None else codes_of(column, acts.n_prompts, f"the column {name!r}")[0]
+
+
+def _of_both(sides: Sides) -> Groups:
+    """The groups of a's prompts and then b's; one value of both columns is one group. None where neither side has any; ValueError where
+    null "labels" could not deal them out."""
+    columns = [facts_column(side, name) for side, name in zip((sides.a, sides.b), sides.clusters, strict=True)]
+    known = [column for column in columns if column is not None]
+    if not known:
+        return None
+    if len(known) == 1:
+        raise ValueError(
+            "null 'labels' deals out whole clusters of both sides, and one side has none: name a column of each, clusters=(of a, of b) "
+            "('id' where each prompt is its own)"
+        )
+    codes, n_groups = codes_of(np.concatenate(known), len(known[0]) + len(known[1]), "clusters=")
+    shared = len(set(known[0]) & set(known[1]))
+    if shared and len({*map(frozenset, known)}) > 1:
+        raise ValueError(f"{shared} of {n_groups} clusters are on both sides, others on one only: null 'labels' needs sides that share all or none")
+    return codes
 
 
 def _not_in(reference: Activations, side: Activations) -> list[int]:
@@ -206,7 +265,7 @@ def _reference(sides: Sides, n_draws: int, seed: int, reference: Activations) ->
 
 
 def _labels(sides: Sides, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:
-    rows = list(null_draws.dealt_out(sides.a.n_prompts, sides.b.n_prompts, n_draws, seed, sides.same_prompts))
+    rows = list(null_draws.dealt_out(sides.a.n_prompts, sides.b.n_prompts, n_draws, seed, sides.same_prompts, _of_both(sides)))
     found = []
     for a, b in sides.layers():
         pool = Sample(np.concatenate([a.x, b.x]), a.k)

@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 
 from . import nulls as null_draws
 from . import stats
-from ._sides import check_same_layers
+from ._sides import check_same_layers, check_shifts
 from .activations import Activations
 from .correlations import correlation_contrast, fisher_variance, partial_correlation, random_effects
 from .subspaces import cosines, explained_energy, n_components, one_thread, principal_components, row_cosines, unit_rows
@@ -54,9 +54,10 @@ def prompt_geometry(
         explained_raw         1 - ||d - d'||^2 / ||d||^2; explained_centred: 1 - ||d - d'||^2 / ||d - nu||^2
         reconstruction_cosine cos(d, d'), whose k = 0 baseline is shift_cosine
         shift_mahalanobis     as mahalanobis
-    and every other column of the facts of `acts`. A description: `overlap_correlations` tests. Errors: ValueError for different
-    layers, widths or prompts, or too few training rows.
+    and every other column of the facts of `acts`. A description: `overlap_correlations` tests. Errors: ValueError for a recording
+    in the place of a shift, different layers, widths or prompts, or too few training rows.
     """
+    check_shifts(train_shift=train_shift, shift=shift)
     for other in (acts, train_shift, shift):
         check_same_layers(train, other)
     strange = set(acts.ids) ^ set(shift.ids)
@@ -119,10 +120,12 @@ def overlap_correlations(
 
     Metrics by setting: "pearson", "spearman" of overlap and similarity, "pearson baseline" of the baseline in its place (null
     "prompts permuted", two-sided; inside the groups of the column `within`, when given); "overlap minus baseline", the difference of
-    both (null "equal correlations": Williams' test, which takes prompts as independent: read the interval when they come in
-    categories); "partial" (null "residuals permuted").
+    both (null "equal correlations": Williams' test over independent prompts; with `clusters`, from the bootstrap over them; with `within`
+    alone, no p); "partial" (null "residuals permuted", inside `within` too).
     low/high    bootstrap over prompts, or over the groups of the column `clusters`.
 
+    Prompts that come in categories need both: without, p of all of these is of independent prompts. With `within`, p asks whether anything
+    goes together inside any group (slopes of either sign reject too); whether it does so over groups, the interval says.
     All prompts of a setting share the training subspace and mean: what is found is about these prompts and this tuning. Errors:
     KeyError for columns that are not there; ValueError for a prompt that is twice in a setting.
     """
@@ -141,14 +144,18 @@ def overlap_correlations(
         found = correlation_rows(part, overlap, similarity, baseline, groups, strata, n_permutations, seed, level, n_boot)
         if baseline:
             contrast = correlation_contrast(x, part[baseline].to_numpy(), y, groups, level, n_boot, seed)
+            if within and not clusters:
+                contrast |= {"t": np.nan, "p": np.nan}
             found.append({"metric": _CONTRAST, "null": "equal correlations", "estimate": contrast.pop("difference"), **contrast})
         if covariates:
-            partial = partial_correlation(x, y, part[list(covariates)], groups, n_permutations, seed, level, n_boot)
+            partial = partial_correlation(x, y, part[list(covariates)], groups, n_permutations, seed, level, n_boot, strata)
             found.append({"metric": "partial", "null": "residuals permuted", "estimate": partial.pop("r"), **partial})
         rows += [{**keys, **row} for row in found]
     tested = {row["null"]: null_draws.describe(row["null"]) for row in rows}
     if within:
-        tested["prompts permuted"] += f", inside {within}"
+        tested |= {name: f"{told}, inside {within}" for name, told in tested.items() if name != "equal correlations"}
+    if clusters and baseline:
+        tested["equal correlations"] = null_draws.describe("equal correlations, clusters")
     return stats.result(
         rows,
         list(by),
@@ -268,7 +275,7 @@ def over_settings(
         list(by),
         what=f"random-effects mean over settings of: {correlations.attrs.get('what', 'correlations')}, {metric}",
         family=["metric", "null"],
-        interval=f"{level:.0%}, normal, of the mean setting; predicted_low and predicted_high are for a new setting's correlation",
+        interval=f"{level:.0%}, Hartung and Knapp, of the mean setting; predicted_low and predicted_high are for a new setting's correlation",
         null={"mean correlation 0": null_draws.describe("mean correlation 0")},
         variance=variance,
     )

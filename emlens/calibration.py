@@ -112,7 +112,7 @@ PREDICTION_WORLDS = {
     "topic": "target and activations are linear in the text, each with noise of its own: the hypothesis of 'activation_rows'",
     "ceiling": "as 'topic', the target flat above a score, the activations bent: the same hypothesis, and a linear text model misses some of it",
     "fold": "as 'topic', the target even in the text (a square), the activations bent: the text model misses all of it",
-    "wide text": "as 'topic', of 60 text features for a hundred prompts: the text model shrinks much of it away",
+    "wide text": "as 'topic', of 60 text features for a hundred prompts: the text model shrinks much of it away; the same hypothesis",
     "planted": "as 'topic', and the target knows a part of the activations' own noise as well: power",
 }
 """World -> what holds there. Activations have a power-law spectrum, and layers that share half of their own variance."""
@@ -237,6 +237,12 @@ def prediction_rejection_rates(
     """The share of copies of each world in which each scheme of prediction rejects at `level`: a row a world, a column a scheme.
 
     settings: of `simulated_prompts` (sizes of the groups, layers, d_model). At a scheme's own hypothesis the rate is `level`.
+
+    At the default sizes, seeds 0 to 999: own hypotheses 0.052 (within_groups), 0.061 (group_blocks), 0.058 (group_means), 0.051 (all_rows),
+    0.048 (activation_rows). Shortcuts where nothing is to be found: everything permuted in plain folds 0.98 in "groups"; in "topic"
+    activation rows with the text left in 0.35, the target permuted for the gain over text 0.11. Known weak spot (seeds 0 to 299): in "fold",
+    where the text model misses how the target depends on the text, activation_rows rejects in 0.11; in "ceiling" and "wide text" in 0.06 and
+    0.05; its power in "planted" is 0.84.
     """
     copies = range(seed, seed + n_seeds)
     rows = {

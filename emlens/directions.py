@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from einops import repeat
 from jaxtyping import Float
 
 from . import nulls
@@ -188,12 +189,13 @@ def _side_in_words(side: Mapping[str, Any]) -> str:
 
 
 def random_directions(like: Direction, n: int, seed: int, acts: Activations | None = None) -> list[Direction]:
-    """n random directions with the layers, site and norms of `like`, independent over layers: the control of every
-    steering.
+    """n random directions with the layers, site and norms of `like`: the control of every steering and ablation.
 
-    acts  None: uniform on the sphere, a lenient control: most of such a direction lies where activations hardly vary.
-          Activations at the same site: drawn from their covariance at each layer (Gaussian, then unit length), so that
-          controls point where the model's own states differ.
+    acts  None: uniform on the sphere, the same vector at every layer; a lenient control: most of such a direction lies where
+          activations hardly vary. Activations at the same site: the same random mixture of the prompts' centred rows at
+          every layer, to unit length: Gaussian of their covariance there, and turning from layer to layer no faster than
+          the stream does. Directions drawn anew at each layer would, ablated at all of them, take far more away than one
+          that persists through the depth.
 
     The first of them are the same for a larger n. Errors: ValueError when n < 1, for another site or width, layers that
     `acts` lacks, or activations that do not vary.
@@ -202,7 +204,7 @@ def random_directions(like: Direction, n: int, seed: int, acts: Activations | No
         raise ValueError(f"n={n} random directions were asked for; at least 1 is needed")
     meta = {"method": "random", "seed": seed, "like": like.name, "position": like.meta.get("position", "any position")}
     if acts is None:
-        rows = nulls.random_vectors(like.d_model, n * len(like.layers), seed).reshape(n, *like.vectors.shape)
+        rows = repeat(nulls.random_vectors(like.d_model, n, seed), "draws d_model -> draws layer d_model", layer=len(like.layers))
     else:
         rows, meta["method"] = _of_covariance(like, n, seed, acts), "random, from the covariance of activations"
     return [
@@ -212,18 +214,19 @@ def random_directions(like: Direction, n: int, seed: int, acts: Activations | No
 
 
 def _of_covariance(like: Direction, n: int, seed: int, acts: Activations) -> Float[np.ndarray, "draws layer d_model"]:
-    """Unit vectors along X'g with X the centred rows of a layer and g standard normal: Gaussian of the covariance X'X / prompts."""
+    """Unit vectors along X'g with X the centred rows of a layer and g standard normal, one g at all layers: Gaussian of the covariance X'X /
+    prompts."""
     missing = [layer for layer in like.layers if layer not in acts.layers]
     if missing or (acts.site, acts.d_model) != (like.site, like.d_model):
         raise ValueError(
             f"the direction is for {like.site} of width {like.d_model} at layers {list(like.layers)}, the activations are {acts.site} of width "
             f"{acts.d_model} and lack layers {missing}: record them at the direction's place"
         )
-    weights = np.random.default_rng(seed).standard_normal((n, len(like.layers), acts.n_prompts))
+    weights = np.random.default_rng(seed).standard_normal((n, acts.n_prompts))
     rows = np.empty((n, *like.vectors.shape))
     for place, layer in enumerate(like.layers):
         x = acts.layer(layer).astype(np.float64)
-        rows[:, place] = weights[:, place] @ (x - x.mean(axis=0))
+        rows[:, place] = weights @ (x - x.mean(axis=0))
     length = np.linalg.norm(rows, axis=2, keepdims=True)
     if not (length > 0).all():
         raise ValueError("the activations do not vary at some layer, so no direction can be drawn from them: give more prompts")

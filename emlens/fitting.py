@@ -215,8 +215,9 @@ def erase(acts: Activations, label: str, fit: Activations | None = None) -> Acti
     """The activations with nothing linear left in them about a label, changed as little as can be (see `leace`), layer by layer.
 
     label  a column of the facts: floats are taken as they are, all else as categories.
-    fit    the prompts it is fitted on, at the same place; None: `acts` themselves. The guarantee is for these; whether it
-           holds for others too, `held_out_separation` of erased sides says.
+    fit    the prompts it is fitted on, at the same place; None: `acts` themselves. The guarantee is for these. Whether it
+           holds for others too, `held_out_separation` of the erased sides says, with fit= on other prompts only: fitted on the same
+           ones, what one half has lost the other has gained, and sides that differ look the same (AUC far below 0.5, down to 0).
 
     Errors: KeyError for a column that is not there; ValueError for other places, labels that are missing or all the same.
     """

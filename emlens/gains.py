@@ -7,9 +7,9 @@ Activations are a function of the prompt, so they hold the text too, and with it
 by shrinkage or chance. Permuting activation rows against that would break both links at once and pass where nothing is
 there. So what the texts foretell of the activations is taken out of them first, out of fold and without a look at the
 target; then the rows of what remains are permuted within groups (residuals on both sides: Robinson 1988; Shah and Peters
-2020). Estimate, interval and null are of the same features. Where activations hold the text and nothing more (simulated: 120
-prompts in 8 groups, 20 features, targets linear in the text or saturating) .035 to .085 of tests pass at .05; with rows of the
-raw activations permuted it was .15 to .5.
+2020). Estimate, interval and null are of the same features. Where activations hold the text and nothing more, .048 of tests pass
+at .05 (1000 simulated seeds, 120 prompts in 8 groups; with rows of the raw activations permuted it was .35); .057 where the target
+saturates; .113 where it is even in the text, which no linear model of that text reaches (`emlens.calibration`).
 """
 
 from collections import Counter
@@ -28,8 +28,8 @@ from .ridge import PENALTIES, Fold, fixed, nested_ridge, residuals
 from .scores import Asked
 
 NULL = (
-    "given the group, what activations hold beyond a ridge on the text {!r} knows nothing of what that text leaves of the target: both out "
-    "of fold, rows of activations permuted within groups against text and target held together"
+    "given the group, what activations hold beyond a linear model (ridge) of the text {!r} knows nothing of what that model leaves of the "
+    "target: both out of fold, rows of activations permuted within groups against text and target held together"
 )
 FEW_PENALTIES = 5
 """Of the penalties, for taking the text out of activations: a target for every feature."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from . import nulls as null_draws
 from . import stats
-from ._draws import Sides, nulls_asked
+from ._draws import Clusters, Sides, groups_of, nulls_asked
 from ._sides import both_places, check_same_layers, layer_rows, split_half_result
 from .activations import Activations
 from .measures import measure_named
@@ -54,6 +54,7 @@ def overlap(
     measure: str = "mean_cos2",
     variance: float | None = None,
     reference: Activations | None = None,
+    clusters: Clusters = None,
 ) -> stats.Result:
     """Overlap of two sets of prompts, per layer: by default of their k-dimensional principal subspaces, "mean_cos2", from 0
     (nothing in common) to 1.
@@ -88,7 +89,7 @@ def overlap(
     Errors: ValueError for different layers or widths, unknown measures and nulls, nulls that say nothing about the measure, fewer
     than k directions.
     """
-    sides = Sides.of(a, b, k, variance, measure)
+    sides = Sides.of(a, b, k, variance, measure, clusters)
     asked = nulls_asked(nulls, sides, reference)
     observed = sides.values()
     own = layer_rows(a.layers, measure, (observed, *_interval(sides, observed, n_splits, level, seed)), b.n_prompts)
@@ -114,7 +115,7 @@ def overlap(
         n_draws=n_draws,
         interval=f"{level:.0%}, {n_splits} complementary half-samples on the arcsine scale, of the overlap expected at this n (a new sample's "
         "varies more); none for ceilings",
-        null={name: null.told(sides.measure) for name, null in asked.items()},
+        null={name: null.told(sides) for name, null in asked.items()},
         chance=chances[0] if variance is None else chances,
         **({"ceiling": null_draws.describe("ceiling")} if ceiling else {}),
     )
@@ -130,6 +131,7 @@ def split_half_overlap(
     n_draws: int = 200,
     level: float = 0.95,
     measure: str = "mean_cos2",
+    clusters: str | None = None,
 ) -> stats.Result:
     """Overlap of a set of prompts with itself: two disjoint random halves, metric "mean_cos2" (or another `measure` of two
     subspaces), the median over n_splits per layer.
@@ -141,7 +143,7 @@ def split_half_overlap(
     """
     how = measure_named(measure)
     draws = null_draws.isotropic_overlaps(_subspaces(a, k), n_draws, seed, measure)
-    splits = null_draws.halves(a.n_prompts, n_splits, seed, n)
+    splits = null_draws.halves(a.n_prompts, n_splits, seed, n, groups_of(a, clusters))
     samples = (Sample(a.layer(layer), k) for layer in a.layers)
     values = np.array([[how.of(sample.part(one), sample.part(other)) for one, other in splits] for sample in samples]).T
     half = len(splits[0][0])
@@ -197,9 +199,13 @@ def _interval(
     sides: Sides, observed: Float[np.ndarray, " layer"], n_splits: int, level: float, seed: int
 ) -> tuple[Float[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
     """Half-sample interval of an overlap at every layer; NaN when a half spans fewer than k directions."""
-    ends, how, spans = np.full((2, len(observed)), np.nan), sides.measure, sides.halves_span()
-    if n_splits > 1 and any(spans):
-        for i, (a, b) in enumerate(sides.halves(n_splits, seed)):
+    ends, how = np.full((2, len(observed)), np.nan), sides.measure
+    if n_splits < 2:
+        return ends[0], ends[1]
+    splits = sides.splits(n_splits, seed)
+    spans = sides.halves_span(splits)
+    if any(spans):
+        for i, (a, b) in enumerate(sides.halves(splits)):
             if spans[i]:
                 m = min(sides.sizes[i])
                 halves = np.array([[how.of(x, y) for x, y in zip(*split, strict=True)] for split in zip(a, b, strict=True)])
@@ -212,9 +218,10 @@ def _at_equal_n(sides: Sides, n_splits: int, level: float, seed: int) -> tuple[l
     questions-against-questions control."""
     if sides.measure.kind == "pairs":
         raise ValueError(f"two halves of a set hold different prompts, and {sides.measure.name} pairs prompts: it has no ceiling and no such control")
-    size, of, cross = min(sides.a.n_prompts, sides.b.n_prompts) // 2, sides.measure.of, f"{sides.measure.name} at ceiling n"
+    splits = sides.splits(n_splits, seed, min(sides.a.n_prompts, sides.b.n_prompts) // 2)
+    size, of, cross = len(splits[0][0][0]), sides.measure.of, f"{sides.measure.name} at ceiling n"
     rows, questions = [], []
-    for layer, (a, b) in zip(sides.a.layers, sides.halves(n_splits, seed, size), strict=True):
+    for layer, (a, b) in zip(sides.a.layers, sides.halves(splits), strict=True):
         own_a, own_b = (np.array([of(one, other) for one, other in side]) for side in (a, b))
         across = np.median([(of(x[0], y[1]) + of(x[1], y[0])) / 2 for x, y in zip(a, b, strict=True)])
         ceilings = {"ceiling a": np.median(own_a), "ceiling b": np.median(own_b)}

@@ -6,6 +6,7 @@ a maximum over layers can be taken.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
     "labels": {
         "hypothesis": "the two sets are exchangeable: which set a prompt is of does not matter (a test of difference)",
         "generator": "the rows of both sets dealt out anew, as many to each as before; where both hold the same prompts, each prompt's two "
-        "rows change sides or not; same centring and PCA",
+        "rows change sides or not; same centring and PCA. Prompts are taken as independent: sets of different topics alone reject, unless "
+        "clusters= names them (whole groups are then dealt out)",
         "tail": "less",
     },
     "pairs": {
@@ -77,9 +79,14 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "generator": "none: Williams' t with n - 3 degrees of freedom (Steiger 1980)",
         "tail": "two-sided",
     },
+    "equal correlations, clusters": {
+        "hypothesis": "the overlap and the baseline correlate equally with the similarity, over whole clusters of prompts",
+        "generator": "none: 1 less the largest level at which the bootstrap interval over clusters leaves out 0",
+        "tail": "two-sided",
+    },
     "mean correlation 0": {
         "hypothesis": "the mean over settings of Fisher's z is 0; settings may differ and are independent of one another",
-        "generator": "none: z of the random-effects mean (DerSimonian and Laird 1986)",
+        "generator": "none: t, one degree fewer than settings, of the random-effects mean (DerSimonian and Laird 1986; Hartung and Knapp 2001)",
         "tail": "two-sided",
     },
     "labels permuted": {
@@ -258,30 +265,75 @@ def subsamples(n_rows: int, size: int, n_draws: int, seed: int | np.random.Gener
 
 
 def dealt_out(
-    n_a: int, n_b: int, n_draws: int, seed: int | np.random.Generator, paired: bool = False
+    n_a: int,
+    n_b: int,
+    n_draws: int,
+    seed: int | np.random.Generator,
+    paired: bool = False,
+    groups: Int[np.ndarray, " row"] | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]]:
     """The rows of two sets (a's first) dealt out anew, n_a and n_b of them: null "labels". paired: row i of both is one prompt,
-    whose two rows change sides or not."""
+    whose two rows change sides or not.
+
+    groups   integers from 0, of a's rows and then b's. Groups that lie on one side are dealt out whole, so that a gets as near to n_a rows
+             as it can; rows of groups that lie on both are dealt out inside them; paired, the pairs of a group change sides together.
+    """
     if paired and n_a != n_b:
         raise ValueError(f"{n_a} and {n_b} rows cannot be pairs: give as many on both sides")
     rng = np.random.default_rng(seed)
+    crossed = groups is not None and bool(np.isin(groups[n_a:], groups[:n_a]).any())
     for _ in range(n_draws):
         if paired:
-            first = np.arange(n_a) + n_a * rng.integers(2, size=n_a)
+            of = np.arange(n_a) if groups is None else groups[:n_a]
+            first = np.arange(n_a) + n_a * rng.integers(2, size=of.max() + 1)[of]
             yield first, (first + n_a) % (2 * n_a)
-        else:
+        elif groups is None:
             order = rng.permutation(n_a + n_b)
             yield order[:n_a], order[n_a:]
+        elif crossed:
+            order = stats.permutations(n_a + n_b, 1, rng, groups)[0]
+            yield order[:n_a], order[n_a:]
+        else:
+            yield _whole_groups(groups, n_a, rng)
+
+
+def arrangements(n_a: int, groups: Int[np.ndarray, " row"], paired: bool) -> int | None:
+    """How many ways there are to deal out whole groups (of equal size) as `dealt_out` does; None where rows are dealt out inside groups."""
+    here, there = set(groups[:n_a].tolist()), set(groups[n_a:].tolist())
+    if paired:
+        return int(2 ** len(here))
+    return None if here & there else comb(len(here | there), len(here))
+
+
+def _whole_groups(groups: Int[np.ndarray, " row"], size: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " one"], Int[np.ndarray, " other"]]:
+    """The rows in two parts of whole groups in random order, the first of as near to `size` rows as that order allows; neither is empty."""
+    order = rng.permutation(groups.max() + 1)
+    ends = np.cumsum(np.bincount(groups)[order])[:-1]
+    first = np.isin(groups, order[: np.abs(ends - size).argmin() + 1])
+    return rng.permutation(np.flatnonzero(first)), rng.permutation(np.flatnonzero(~first))
 
 
 def halves(
-    n_rows: int, n_splits: int, seed: int | np.random.Generator, n: int | None = None
+    n_rows: int,
+    n_splits: int,
+    seed: int | np.random.Generator,
+    n: int | None = None,
+    groups: Int[np.ndarray, " row"] | None = None,
 ) -> list[tuple[Int[np.ndarray, " half"], Int[np.ndarray, " half"]]]:
     """`n_splits` random splits of the rows into two disjoint halves of n_rows // 2 (an odd row is left out), or of `n`
     rows each.
 
+    groups   integers from 0, one per row: no group is in both halves. Halves are then of as many rows as the smallest of them (or of `n`, if
+             that is less).
     Control, not a null: what a set has in common with itself at that size.
     """
+    if groups is not None:
+        if groups.max() == 0:
+            raise ValueError("all rows are of one group: two halves of whole groups need two groups at least")
+        rng = np.random.default_rng(seed)
+        split = [_whole_groups(groups, n_rows // 2, rng) for _ in range(n_splits)]
+        least = min(len(half) for pair in split for half in pair)
+        return [(one[: min(least, n or least)], other[: min(least, n or least)]) for one, other in split]
     size = n_rows // 2 if n is None else n
     if not 1 <= size <= n_rows // 2:
         raise ValueError(f"two disjoint halves of {size} rows do not fit {n_rows} rows: choose n from 1 to {n_rows // 2}")

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from . import stats, store
-from .directions import Direction, project, random_directions
+from .directions import Direction, project
 from .models import HookedModel
 from .positions import Position
 from .prompts import load_prompts, split_response, user_text
+
+NUMBERS = 2**22
+"""How many numbers of the null are held at a time."""
 
 
 def screen(
@@ -27,7 +31,7 @@ def screen(
     layer: int,
     position: Position = "mean_response",
     adapter: str | None = None,
-    controls: int = 200,
+    controls: int = 20_000,
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -41,12 +45,16 @@ def screen(
         against: other answers to the same prompts, matched by id (a twin set: anything :func:`load_prompts` reads); default the model's own,
             greedy, of at most ``max_new_tokens``.
         layer: where.
-        controls: random directions of the covariance of the responses, the null of a row: its ΔP along the direction is like that along any
-            direction the responses vary in. Two-sided p by rank (at least 1 / (controls + 1)), q by Benjamini–Hochberg over the rows.
+        controls: random directions of the covariance of the responses (as :func:`emlens.random_directions` draws them), the null of a row: its
+            ΔP along the direction is like that along any direction the responses vary in. They cost no pass of the model. One-sided p by rank,
+            on the side of the ranking, at least 1 / (controls + 1); q by Benjamini–Hochberg over the rows: of k rows that all are at that floor
+            n / (k (controls + 1)), so that one bad row alone can be told only where ``controls`` are 20 times the n rows. Bad rows are part of
+            that covariance: many of them, far along, widen their own null (p is too large then, never too small).
 
     Returns:
-        Frame, highest first: ``rank, id, projection, reference, difference, null_low, null_high, p, q, prompt, response, other``;
-        ``attrs["null"]`` says what the null is. :func:`screen_page` makes an HTML table of it.
+        Frame, highest first: ``rank, id, projection, reference, difference, null_low, null_high`` (the controls' central 95%), ``p, q, prompt,
+        response, other``; ``attrs["null"]`` says what the null is, ``attrs["p_floor"]`` and ``attrs["q_floor"]`` (of one row alone) the least
+        there can be. :func:`screen_page` makes an HTML table of it.
 
     Raises:
         ValueError: a row without a response, or ids that the other answers lack.
@@ -62,11 +70,7 @@ def screen(
     ours, theirs = pair[0], pair[1].select(ids=pair[0].ids)
     own = project(ours, direction)[layer].to_numpy()
     reference = project(theirs, direction)[layer].to_numpy()
-    drawn = random_directions(Direction(direction.layer(layer)[None], (layer,), direction.site, direction.name), controls, seed, ours)
-    moved = ours.layer(layer).astype(np.float64) - theirs.layer(layer)
-    null = np.stack([d.layer(layer) for d in drawn]).astype(np.float64) @ moved.T  # [draw, row]
-    low, high = stats.null_band(null)
-    p = stats.permutation_p(own - reference, null, "two-sided")
+    p, low, high = beside_random(own - reference, ours.layer(layer) - theirs.layer(layer), ours.layer(layer), controls, seed)
     responses = [split_response(m)[1] for m in table["messages"]]
     told = [split_response(m)[1] for m in others.set_index("id").loc[table["id"], "messages"]]
     numbers = {"projection": own, "reference": reference, "difference": own - reference, "null_low": low, "null_high": high}
@@ -75,12 +79,51 @@ def screen(
     out = pd.DataFrame({"id": table["id"].to_numpy(), **numbers, **tests, **texts})
     out = out.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
     out.insert(0, "rank", np.arange(1, len(out) + 1))
+    floor = 1 / (controls + 1)
+    alone = min(1.0, len(out) * floor)
     out.attrs = {
         "what": f"projection difference along {direction.name!r} at layer {layer}, {position}",
-        "null": f"{controls} random directions from the covariance of the responses; two-sided rank p, at least {1 / (controls + 1):.2g}",
+        "null": f"{controls} random directions from the covariance of the responses; one-sided rank p (higher than along them), at least "
+        f"{floor:.2g}; q by Benjamini–Hochberg over {len(out)} rows, at least {alone:.2g} for one row alone, a k-th of it for k rows at the floor",
+        "p_floor": floor,
+        "q_floor": alone,
         "seed": seed,
     }
     return out
+
+
+def beside_random(
+    observed: Float[np.ndarray, " prompt"],
+    moved: Float[np.ndarray, "prompt d_model"],
+    responses: Float[np.ndarray, "prompt d_model"],
+    controls: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
+    """p of every row's ``observed`` projection among the projections of what it ``moved`` by on random directions, one-sided by rank, and the
+    ends of their central 95%.
+
+    The directions are the unit vectors along X'g, X the centred ``responses`` and g standard normal; drawn and projected on in parts.
+
+    Raises:
+        ValueError: fewer than one control, or responses that do not vary.
+    """
+    if controls < 1:
+        raise ValueError(f"controls={controls} random directions were asked for; at least 1 is needed")
+    centred = responses - responses.mean(axis=0, dtype=np.float64)
+    rng, step = np.random.default_rng(seed), max(1, NUMBERS // max(centred.shape))
+    drawn = np.empty((controls, centred.shape[1]), dtype=np.float32)
+    for start in range(0, controls, step):
+        rows = rng.standard_normal((min(step, controls - start), len(centred))) @ centred
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (length > 0).all():
+            raise ValueError("the responses do not vary at this layer, so no direction can be drawn from them: give more rows")
+        drawn[start : start + step] = rows / length
+    parts, step = [], max(1, NUMBERS // controls)
+    for start in range(0, len(moved), step):
+        null = drawn @ moved[start : start + step].T.astype(np.float32)  # [draw, row]
+        parts.append((stats.permutation_p(observed[start : start + step], null), *stats.null_band(null)))
+    p, low, high = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return p, low, high
 
 
 def _others(table: pd.DataFrame, model: HookedModel, against: Any, adapter: str | None, max_new_tokens: int) -> pd.DataFrame:

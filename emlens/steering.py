@@ -57,8 +57,9 @@ def dose_response(
     Returns:
         Result with keys ``layer, strength``; metric ``margin``: mean change of the margin (nats/token) against the unsteered model, bootstrap
         interval over questions (whole categories where there are any); metrics ``kl``, ``perplexity_ratio`` (and ``fluency``): means over the
-        texts. Nulls: the random directions' means (:func:`among_random`); q by Benjamini–Hochberg over all layers and strengths of a metric and
-        null. ``attrs["recommended"]``: :func:`recommend`. :func:`slopes` makes one test a layer of :func:`steered_margins`.
+        texts. Nulls: the random directions' means (:func:`among_random`: t for margins, ranks for damage); q by Benjamini–Hochberg over all
+        layers and strengths of a metric and null. ``attrs["recommended"]``: :func:`recommend`, the dose chosen by rule, beside the doses that
+        the rule chooses along the random directions. :func:`slopes` makes one test a layer of :func:`steered_margins`.
     """
     if judge is not None:
         raise ValueError("dose_response reads the margin; pass judge=None and questions with contrast answers")
@@ -77,7 +78,7 @@ def dose_response(
         renamed = [frame.assign(direction=frame["direction"].str.replace(null, "random", regex=False)) for frame in of]
         parts.append(summarise(renamed[0], seed=seed, drawn=how, null=null))
         parts += [summarise(renamed[1], seed=seed, drawn=how, null=null, metric=m, value=m) for m in damage.columns if m in METRICS]
-    told = {null: part.attrs["null"][null] for part in parts for null in part.attrs["null"]}
+    told = {null: _hypothesis(margins[margins["direction"].str.startswith(null)], how, ("t", "rank")) for null, (how, _) in drawn.items()}
     out = stats.result(
         pd.concat(parts, ignore_index=True), ["layer", "strength"], what="steering: change of the margin (nats/token), and damage", correction="bh",
         family=["metric", "null"], seed=seed, null=told, interval=parts[0].attrs["interval"],
@@ -90,37 +91,73 @@ METRICS = ("kl", "perplexity_ratio", "fluency")
 """What :class:`emlens.coherence.Meter` reads."""
 
 
-def recommend(margins: pd.DataFrame, damage: pd.DataFrame, toward: str = "lower", at_most: float = 1.5, seed: int = 0) -> dict[str, Any]:
-    """A layer and strength chosen on one half of the questions, with what it does on the other half.
+def recommend(
+    margins: pd.DataFrame, damage: pd.DataFrame, toward: str = "lower", at_most: float = 1.5, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """A layer and strength chosen on one half of the questions, what it does on the other half, and what the same rule gives along random directions.
 
     The rule, fixed before looking: of the doses whose perplexity on unrelated text is at most ``at_most`` times the untouched model's, the one
-    that moves the margin of the first half of the questions (every second of each category) furthest ``toward`` where it is wanted.
+    that moves the margin of the first half of the questions (every second of each category, by turns from its first and its second) furthest
+    ``toward`` where it is wanted.
+
+    Almost any push moves the margin, and the best of several doses more so: that ``low`` to ``high`` (over questions, given this direction)
+    leave out 0 is what a random direction gives too. The same rule is therefore applied to every random direction, and ``p`` is the rank of the
+    direction's estimate among theirs; a random direction for which the rule finds no dose counts as a change of 0.
 
     Args:
-        margins: of :func:`steered_margins`; damage: of the same doses (``direction, layer, strength, perplexity_ratio``).
+        margins: of :func:`steered_margins`: the arm ``direction``, and random ones by any other names; where some are called
+            ``covariance-matched random directions …``, only they are the null (the others are lenient).
+        damage: of the same arms and doses (``direction, layer, strength, perplexity_ratio``).
 
     Returns:
         ``layer, strength, chosen_on`` (mean change on the first half), ``estimate, low, high, n`` (on the second: bootstrap, whole categories),
-        ``perplexity_ratio``, ``toward``, ``at_most``; ``layer`` None where no dose is mild enough, or none moves the margin that way.
+        ``null_low, null_high`` (central ``level`` of the random directions' second halves), ``p`` (one-sided, by rank), ``p_floor``,
+        ``controls``, ``null`` (in words), ``perplexity_ratio``, ``toward``, ``at_most``; ``layer`` None where no dose is mild enough, or none
+        moves the margin that way. No random arms: NaN for band and p.
+
+    Raises:
+        ValueError: another ``toward``, or arms without damage.
     """
     if toward not in ("lower", "higher"):
         raise ValueError(f"toward={toward!r}; 'lower' or 'higher'")
+    undamaged = sorted(set(margins["direction"]) - set(damage["direction"]))
+    if undamaged:
+        raise ValueError(f"{len(undamaged)} arms have no damage (e.g. {undamaged[0]!r}): read it for the same directions, layers and strengths")
     sign = -1.0 if toward == "lower" else 1.0
-    own = margins[(margins["direction"] == "direction") & (margins["strength"] != 0)]
-    first_half = own.drop_duplicates("id").groupby("category")["id"].transform(lambda ids: np.arange(len(ids)) % 2 == 0)
-    chosen_ids = set(own.drop_duplicates("id")["id"][first_half.astype(bool)])
-    ratio = damage[damage["direction"] == "direction"].groupby(["layer", "strength"])["perplexity_ratio"].mean()
-    on_first = own[own["id"].isin(chosen_ids)].groupby(["layer", "strength"])["change"].mean() * sign
-    mild = on_first[ratio.reindex(on_first.index).to_numpy() <= at_most]
+    arm, place = "direction", ["direction", "layer", "strength"]
+    asked = margins[margins["strength"] != 0]
+    questions = asked[asked[arm] == "direction"].drop_duplicates("id")
+    turn = questions.groupby("category").cumcount() + pd.factorize(questions["category"])[0]
+    first = asked["id"].isin(questions["id"][turn % 2 == 0])
+    wanted = asked[first].groupby(place)["change"].mean() * sign
+    ratio = damage.groupby(place)["perplexity_ratio"].mean().reindex(wanted.index)
+    best = wanted[(ratio <= at_most) & (wanted > 0)].groupby(arm).idxmax()  # arm -> (arm, layer, strength)
     said: dict[str, Any] = {"toward": toward, "at_most": at_most, "layer": None}
-    if mild.empty or mild.max() <= 0:
+    if "direction" not in best:
         return said
-    layer, strength = mild.idxmax()
-    rest = own[(own["layer"] == layer) & (own["strength"] == strength) & ~own["id"].isin(chosen_ids)]
-    low, high = stats.bootstrap_interval(rest["change"].to_numpy(), clusters=_categories(rest), seed=seed)
+    _, layer, strength = dose = best["direction"]
+    rest = asked[~first]
+    each = rest.groupby(place)["change"].mean()
+    own = rest[(rest[arm] == "direction") & (rest["layer"] == layer) & (rest["strength"] == strength)]
+    low, high = stats.bootstrap_interval(own["change"].to_numpy(), clusters=_categories(own), level=level, seed=seed)
+    others = [name for name in dict.fromkeys(asked[arm]) if name != "direction"]
+    others = [name for name in others if name.startswith(MATCHED)] or others
+    random = np.array([each[best[name]] if name in best else 0.0 for name in others])
+    beside: dict[str, Any] = {"null_low": np.nan, "null_high": np.nan, "p": np.nan, "p_floor": np.nan}
+    if others:
+        ends = stats.null_band(random, level)
+        beside = {
+            "null_low": ends[0],
+            "null_high": ends[1],
+            "p": stats.permutation_p(sign * each[dose], sign * random),
+            "p_floor": 1 / (len(others) + 1),
+        }
+    called = others[0].rpartition(" ")[0] if others else "none"
     return said | {
-        "layer": int(layer), "strength": float(strength), "chosen_on": float(mild.max() * sign), "estimate": float(rest["change"].mean()),
-        "low": float(low), "high": float(high), "n": len(rest), "perplexity_ratio": float(ratio[layer, strength]),
+        "layer": int(layer), "strength": float(strength), "chosen_on": float(wanted[dose] * sign), "estimate": float(each[dose]),
+        "low": float(low), "high": float(high), "n": len(own), **beside, "controls": len(others),
+        "null": f"{called}: the same choice on the first half along each of {len(others)}; one-sided p by rank of the second half's change",
+        "perplexity_ratio": float(ratio[dose]),
     }  # fmt: skip
 
 
@@ -172,20 +209,33 @@ def random_means(margins: pd.DataFrame, value: str = "change") -> pd.DataFrame:
     return means.assign(direction=means["direction"].str.removeprefix("random ").astype(int)).rename(columns={"change": "margin_change"})
 
 
-def among_random(observed: float, random: Float[np.ndarray, " draws"], level: float = 0.95) -> dict[str, float]:
-    """Where a new random direction's value would fall, and how far out the observed one is: ``null_low, null_high, p`` (two-sided).
+def among_random(observed: float, random: Float[np.ndarray, " draws"], level: float = 0.95, method: str = "t") -> dict[str, float]:
+    """Where a new random direction's value would fall, and how far out the observed one is: ``null_low, null_high, p`` (two-sided), ``rank_floor``.
 
-    To first order the mean change under a direction is linear in it, so over directions uniform on the sphere of a few hundred dimensions it
-    is Gaussian: t = (x − m) / (s √(1 + 1/N)) on N − 1 degrees of freedom. A rank among N directions could not go below 1 / (N + 1).
-    NaN for fewer than three directions.
+    method:
+
+    - ``"t"``, for changes of a margin: to first order the mean change under a direction is linear in it, so over directions uniform on the
+      sphere of a few hundred dimensions it is Gaussian: t = (x − m) / (s √(1 + 1/N)) on N − 1 degrees of freedom. A rank among N directions
+      could not go below ``rank_floor`` = 2 / (N + 1); p beyond it is an extrapolation.
+    - ``"rank"``, for damage (KL, perplexity): of second order in the direction, hence skewed; t would call one in sixty of twenty random
+      directions p ≤ .001. The band is their central ``level``; the least p is in ``p_floor`` too.
+
+    NaN for fewer than three directions, or values that are not finite.
     """
+    if method not in ("t", "rank"):
+        raise ValueError(f"method={method!r}; 't' (changes of a margin) or 'rank' (damage)")
     n = len(random)
-    if n < 3:
-        return {"null_low": np.nan, "null_high": np.nan, "p": np.nan}
+    floor = 2 / (n + 1)
+    out = {"null_low": np.nan, "null_high": np.nan, "p": np.nan, "rank_floor": floor} | ({"p_floor": floor} if method == "rank" else {})
+    if n < 3 or not np.isfinite([observed, *random]).all():
+        return out
+    if method == "rank":
+        low, high = stats.null_band(random, level)
+        return out | {"null_low": low, "null_high": high, "p": stats.permutation_p(observed, random, "two-sided")}
     centre, spread = float(random.mean()), float(random.std(ddof=1)) * float(np.sqrt(1 + 1 / n))
     reach = float(scipy_stats.t.ppf((1 + level) / 2, n - 1)) * spread
     p = 2 * float(scipy_stats.t.sf(abs(observed - centre) / spread, n - 1)) if spread > 0 else np.nan
-    return {"null_low": centre - reach, "null_high": centre + reach, "p": p}
+    return out | {"null_low": centre - reach, "null_high": centre + reach, "p": p}
 
 
 def slopes(margins: pd.DataFrame, seed: int = 0, level: float = 0.95, drawn: str = UNIFORM) -> pd.DataFrame:
@@ -221,8 +271,10 @@ def summarise(
 ) -> pd.DataFrame:
     """The table of :func:`steered_margins` as a Result, dose by dose: the direction's mean change beside the random directions'.
 
-    ``drawn`` says where the random directions come from, for the words beside the numbers; ``metric`` what the column ``value`` is called.
+    ``drawn`` says where the random directions come from, for the words beside the numbers; ``metric`` what the column ``value`` is called: a
+    margin is tested by t, damage (``METRICS``) by rank (:func:`among_random`).
     """
+    method = "rank" if metric in METRICS else "t"
     means = random_means(margins, value).rename(columns={"margin_change": "change", value: "change"})
     rows: list[dict[str, Any]] = []
     for (layer, strength), own in margins[margins["direction"] == "direction"].groupby(["layer", "strength"]):
@@ -231,10 +283,10 @@ def summarise(
         low, high = stats.bootstrap_interval(each.to_numpy(), clusters=_categories(own), level=level, seed=seed) if len(each) else (np.nan, np.nan)
         row = {"layer": layer, "strength": strength, "metric": metric, "estimate": each.mean(), "low": low, "high": high, "n": len(each)}
         row["n_clusters"] = _n_categories(own)
-        rows.append(row | ({"null": null, **among_random(row["estimate"], others, level)} if strength else {"null": null}))
+        rows.append(row | ({"null": null, **among_random(row["estimate"], others, level, method)} if strength else {"null": null}))
     return stats.result(
         rows, ["layer", "strength"], what="change of the margin under steering, nats/token", correction="bh", seed=seed,
-        null={null: _hypothesis(margins, drawn)}, interval=f"{level:.0%} bootstrap over questions, whole categories",
+        null={null: _hypothesis(margins, drawn, (method,))}, interval=f"{level:.0%} bootstrap over questions, whole categories",
     )  # fmt: skip
 
 
@@ -246,9 +298,12 @@ def _n_categories(rows: pd.DataFrame) -> float:
     return float(rows["category"].nunique()) if rows["category"].astype(bool).all() else np.nan
 
 
-def _hypothesis(margins: pd.DataFrame, drawn: str) -> str:
+def _hypothesis(margins: pd.DataFrame, drawn: str, methods: tuple[str, ...] = ("t",)) -> str:
     n = int(margins.loc[margins["direction"] != "direction", "direction"].nunique())
-    return (
-        f"the direction does what any direction of equal norm does: {n} random directions, {drawn}, at the same layers, strengths and questions; "
-        f"band and two-sided p by Student's t for one more such direction: an extrapolation, for by rank among {n} no p goes below {2 / (n + 1):.2g}"
-    )
+    how = {
+        "t": "of margins: band and two-sided p by Student's t for one more such direction: an extrapolation, for by rank among "
+        f"{n} no p goes below {2 / (n + 1):.2g}",
+        "rank": f"of damage, which is skewed: two-sided p by rank among the {n}, at least {2 / (n + 1):.2g}; the band is their central 95%",
+    }
+    said = f"the direction does what any direction of equal norm does: {n} random directions, {drawn}, at the same layers, strengths and questions; "
+    return said + "; ".join(how[method] for method in methods)

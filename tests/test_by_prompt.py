@@ -1,6 +1,7 @@
 """Guards what is asked prompt by prompt: the paper's table by its formulas, partial and rival correlations, settings side by side."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -78,6 +79,8 @@ def test_prompt_geometry_refuses():
         by_prompt.prompt_geometry(train, before, train_shift, shift.where(np.arange(12) < 8))
     with pytest.raises(ValueError, match="different layers"):
         by_prompt.prompt_geometry(train, before, train_shift, shift.select(layers=[3]))
+    with pytest.raises(ValueError, match="train_shift is a recording"):
+        by_prompt.prompt_geometry(train, before, replace(train_shift, meta={"prompts_sha256": "0"}), shift)
     with pytest.raises(ValueError, match="layer 3: .*k=60 was asked"):
         by_prompt.prompt_geometry(train, before, train_shift, shift, k=60)
 
@@ -142,6 +145,46 @@ def test_williams_test_holds_for_equal_rivals_and_falls_for_unequal_ones():
     assert scipy_stats.kstest(level["equal"], "uniform").pvalue > 0.01 and np.mean(np.array(level["unequal"]) < 0.05) > 0.5
 
 
+def in_topics(rng, share=0.5, groups=8, size=12):
+    """A column of rows in groups of which a share of the variance is the group's."""
+    return np.sqrt(share) * np.repeat(rng.normal(size=groups), size) + np.sqrt(1 - share) * rng.normal(size=groups * size)
+
+
+def test_p_of_rows_in_topics_holds_with_the_topics_named_and_not_without():
+    """Partial correlation 0 and equal rivals over 8 topics of 12 prompts, half of the variance between topics; and both where they are not."""
+    rng, topic = np.random.default_rng(8), np.repeat(np.arange(8), 12)
+    partial, contrast = correlations.partial_correlation, correlations.correlation_contrast
+    rejected = {name: [] for name in ("partial", "rows", "partial there", "contrast", "williams", "contrast there")}
+    for i in range(150):
+        x, y, one, two = (in_topics(rng) for _ in range(4))
+        length = pd.DataFrame({"length": rng.normal(size=96), "topic": topic.astype(str)})
+        rejected["partial"].append(partial(x, y, length[["length"]], n_permutations=99, n_boot=2, seed=i, within=topic)["p"])
+        rejected["rows"].append(partial(x, y, length[["length"]], n_permutations=99, n_boot=2, seed=i)["p"])
+        rejected["partial there"].append(partial(x, y + 0.7 * x, length, n_permutations=99, n_boot=2, seed=i, within=topic)["p"])
+        a, b = 0.6 * y + 0.8 * one, 0.6 * y + 0.8 * two
+        rejected["contrast"].append(contrast(a, b, y, topic, n_boot=400, seed=i)["p"])
+        rejected["williams"].append(contrast(a, b, y, n_boot=2, seed=i)["p"])
+        rejected["contrast there"].append(contrast(1.5 * y + one, two, y, topic, n_boot=400, seed=i)["p"])
+    rates = {name: np.mean(np.array(p) <= 0.05) for name, p in rejected.items()}
+    assert max(rates["partial"], rates["contrast"]) <= 0.10 < 0.2 < min(rates["rows"], rates["williams"])
+    assert min(rates["partial there"], rates["contrast there"]) > 0.6
+
+
+def test_p_of_a_contrast_over_topics_is_where_its_interval_touches_nothing():
+    rng, topic = np.random.default_rng(9), np.repeat(np.arange(8), 12)
+    y = in_topics(rng)
+    columns, options = (y + rng.normal(size=96), y + 1.7 * rng.normal(size=96), y), {"clusters": topic, "n_boot": 4000}
+    found = correlations.correlation_contrast(*columns, **options)
+    assert 0.02 < found["p"] < 0.6 and np.isnan(found["t"]) and found["n_clusters"] == 8
+    for level, reaches in ((1 - found["p"] - 0.005, False), (1 - found["p"] + 0.005, True)):
+        at = correlations.correlation_contrast(*columns, level=level, **options)
+        assert (at["low"] <= 0 <= at["high"]) == reaches
+    resampled = [np.concatenate([np.flatnonzero(topic == t) for t in pick]) for pick in np.random.default_rng(0).integers(8, size=(4000, 8))]
+    corr = [np.corrcoef(np.stack(columns)[:, rows]) for rows in resampled]
+    by_hand = np.quantile([r[0, 2] - r[1, 2] for r in corr], scipy_stats.norm.cdf(np.sqrt(8 / 7) * scipy_stats.t(7).ppf([0.025, 0.975])))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(by_hand))
+
+
 def test_the_interval_of_a_contrast_resamples_all_three_together():
     rng = np.random.default_rng(4)
     y = rng.normal(size=200)
@@ -157,26 +200,31 @@ def test_the_interval_of_a_contrast_resamples_all_three_together():
 
 
 def by_the_book(z, v):
-    """DerSimonian and Laird as in their paper, line by line."""
+    """DerSimonian and Laird as in their paper, with the error of Hartung and Knapp (not below theirs), line by line."""
     w = [1 / one for one in v]
     fixed = sum(a * b for a, b in zip(w, z, strict=True)) / sum(w)
     q = sum(a * (b - fixed) ** 2 for a, b in zip(w, z, strict=True))
     tau2 = max(0, (q - len(z) + 1) / (sum(w) - sum(a * a for a in w) / sum(w)))
     star = [1 / (one + tau2) for one in v]
-    return sum(a * b for a, b in zip(star, z, strict=True)) / sum(star), sum(star) ** -0.5, tau2, q
+    mean = sum(a * b for a, b in zip(star, z, strict=True)) / sum(star)
+    knapp = sum(a * (b - mean) ** 2 for a, b in zip(star, z, strict=True)) / (len(z) - 1) / sum(star)
+    return mean, max(knapp, 1 / sum(star)) ** 0.5, tau2, q
 
 
-def test_random_effects_are_those_of_dersimonian_and_laird():
+def test_random_effects_are_those_of_dersimonian_and_laird_tested_as_hartung_and_knapp_do():
     r, n = [0.849, 0.887, 0.607, 0.257], np.array([1414, 320, 320, 60])
     found = correlations.random_effects(r, correlations.fisher_variance(n))
     mean, error, tau2, q = by_the_book(np.arctanh(r), 1 / (n - 3))
     assert (found["r"], found["tau2"], found["cochran_q"]) == pytest.approx((np.tanh(mean), tau2, q))
-    assert (found["low"], found["high"]) == pytest.approx((np.tanh(mean - 1.959964 * error), np.tanh(mean + 1.959964 * error)))
+    law = scipy_stats.t(3)
+    reach = law.ppf(0.975) * error
+    assert (found["low"], found["high"], found["p"]) == pytest.approx((np.tanh(mean - reach), np.tanh(mean + reach), 2 * law.sf(mean / error)))
     wide = scipy_stats.t.ppf(0.975, 2) * np.sqrt(tau2 + error**2)
     assert (found["predicted_low"], found["predicted_high"]) == pytest.approx((np.tanh(mean - wide), np.tanh(mean + wide)))
     assert found["i2"] == pytest.approx(1 - 3 / q) and found["cochran_p"] == pytest.approx(scipy_stats.chi2(3).sf(q)) and found["n"] == 4
     alike = correlations.random_effects([0.5, 0.5, 0.5], [0.01, 0.02, 0.03])
     assert alike["tau2"] == 0 == alike["i2"] and alike["r"] == pytest.approx(0.5)
+    assert alike["p"] == pytest.approx(2 * scipy_stats.t(2).sf(np.arctanh(0.5) * np.sqrt(100 + 50 + 100 / 3)))  # not below theirs: 0 here
     assert np.isnan(correlations.random_effects([0.5, 0.4], [0.01, 0.02])["predicted_low"])
 
 
@@ -189,6 +237,17 @@ def test_random_effects_cover_the_mean_of_settings_that_differ_and_find_their_sp
         hits.append(found["low"] < np.tanh(0.4) < found["high"])
         taus.append(found["tau2"])
     assert 0.90 <= np.mean(hits) <= 0.99 and np.mean(taus) == pytest.approx(0.09, rel=0.1)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_three_settings_that_differ_do_not_reject_a_mean_of_nothing_too_often_and_three_that_agree_reject(tau):
+    """1500 summaries of three settings; normal quantiles on DerSimonian and Laird's error reject in 0.19 of those that differ."""
+    rng, spread = np.random.default_rng(6), np.full(3, 1 / 300)
+    z = tau * rng.normal(size=(1500, 3)) + rng.normal(size=(1500, 3)) / np.sqrt(300)
+    p = np.array([correlations.random_effects(np.tanh(each), spread)["p"] for each in z])
+    assert (p <= 0.05).mean() <= 0.065 and (tau == 0 or (p <= 0.05).mean() >= 0.035)
+    there = [correlations.random_effects(np.tanh(0.6 + each), spread)["p"] for each in z[:200]]
+    assert np.mean(np.array(there) <= 0.05) > (0.95 if tau == 0 else 0.2)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +328,21 @@ def test_correlations_are_within_each_setting_and_length_is_taken_out():
     assert there.groupby("setting").size().tolist() == [5, 5, 5]
 
 
+NESTED = [(None, None), (None, "category"), ("category", "category")]
+
+
 def test_clusters_and_strata_are_used():
     table = published(settings=("one",))
     plain, grouped = (by_prompt.overlap_correlations(table, clusters=c, within=c, n_permutations=300) for c in (None, "category"))
     assert np.allclose(plain["estimate"], grouped["estimate"]) and not np.allclose(plain["low"], grouped["low"])
     assert (grouped.set_index("metric").loc["pearson", "n_clusters"]) == 4 and "inside category" in grouped.attrs["null"]["prompts permuted"]
+    options = {"covariates": ["length"], "n_permutations": 300}
+    plain, within, both = (by_prompt.overlap_correlations(table, clusters=c, within=w, **options).set_index("metric") for c, w in NESTED)
+    assert within.loc["partial", "p"] == both.loc["partial", "p"] and within.loc["partial", "null_low"] != plain.loc["partial", "null_low"]
+    assert "inside category" in within.attrs["null"]["residuals permuted"] and "inside" not in plain.attrs["null"]["residuals permuted"]
+    contrast = [each.loc["overlap minus baseline"] for each in (plain, within, both)]
+    assert contrast[0]["p"] < 0.01 and np.isnan(contrast[1]["p"]) and contrast[0]["p"] < contrast[2]["p"] < 0.1
+    assert "Williams" in plain.attrs["null"]["equal correlations"] and "over clusters" in both.attrs["null"]["equal correlations"]
 
 
 def test_settings_are_not_pooled_silently():

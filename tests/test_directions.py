@@ -110,7 +110,7 @@ def test_random_directions_are_unit_of_the_same_norms_and_a_prefix_of_more():
     assert all(np.array_equal(x.vectors, y.vectors) for x, y in zip(few, many, strict=False))
     rows = np.stack([d.vectors for d in many])
     assert np.allclose(np.linalg.norm(rows, axis=2), 1, atol=1e-6) and np.array_equal(many[7].norms, like.norms)
-    assert np.abs(rows.mean(axis=0)).max() < 0.15 and not np.allclose(rows[:, 0], rows[:, 1])
+    assert np.abs(rows.mean(axis=0)).max() < 0.15 and np.array_equal(rows[:, 0], rows[:, 1]), "one vector at all layers"
     assert many[7].layers == LAYERS and many[7].name == "random 7"
     with pytest.raises(ValueError, match="at least 1"):
         directions.random_directions(like, 0, seed=1)
@@ -128,7 +128,10 @@ def test_random_directions_like_activations_have_their_covariance():
     oracle = np.random.default_rng(2).standard_normal((20000, 8)) * spread
     oracle = ((oracle / np.linalg.norm(oracle, axis=1, keepdims=True)) ** 2).mean(axis=0)
     assert np.allclose(energy, oracle, atol=0.03) and np.allclose((plain**2).mean(axis=(0, 1)), 1 / 8, atol=0.03)
-    assert abs((vectors[:, 0] * vectors[:, 1]).sum(axis=1).mean()) < 0.15, "layers are drawn apart; the mean (30) is no direction"
+    assert abs((vectors[:, 0] * vectors[:, 1]).sum(axis=1).mean()) < 0.15, "layers that have nothing in common; the mean (30) is no direction"
+    turned = acts(np.stack([rows[:, 0], rows[:, 0] @ np.roll(np.eye(8), 1, axis=1)], axis=1), layers=(2, 5))
+    for d in directions.random_directions(like, 5, seed=1, acts=turned):
+        assert np.allclose(d.vectors[1], np.roll(d.vectors[0], 1), atol=1e-6), "the same mixture of prompts at every layer turns as they do"
     few = directions.random_directions(like, 2, seed=1, acts=prompts)
     assert all(np.array_equal(x.vectors, y.vectors) for x, y in zip(few, drawn, strict=False))
     assert "covariance" in drawn[0].meta["method"] and uniform[0].meta["method"] == "random"
