@@ -195,7 +195,8 @@ together = pd.concat(
 )
 together = stats.result(
     together, ["left_out", "published_layer", "position"], family=["left_out", "metric"], variance="interval",
-    null={"mean correlation 0": em.nulls.describe("mean correlation 0")}, interval="95%, Hartung and Knapp, of the mean tuning; predicted_*: of a new one",
+    null={"mean correlation 0": em.nulls.describe("mean correlation 0")},
+    interval="95%, Hartung and Knapp, of the mean tuning; predicted_*: of a new one",
     what="random-effects mean over tunings of their correlations, at each place; left_out: without that tuning",
 )  # fmt: skip
 

@@ -55,6 +55,10 @@ _WHERE = {
     "compare_scores": "comparing",
     "by_question": "comparing",
     "predict": "prediction",
+    "fit_predictor": "predictor",
+    "load_predictor": "predictor",
+    "Predictor": "predictor",
+    "portable": "portables",
     "dose_response": "steering",
     "direction_cosines": "convergence",
     "ablation_transfer": "convergence",
@@ -64,9 +68,9 @@ _WHERE = {
 _ROOMS = (
     "prompts", "positions", "loading", "adapters", "models", "showing", "patching", "attribution", "laws", "activations", "formats", "store",
     "geometry", "measures", "by_prompt", "correlations", "calibration", "shifts", "nulls", "directions", "vectors", "fitting", "separation",
-    "personas", "screening", "comparing", "effects", "prediction", "features", "learners", "folds", "scores", "shuffles", "gains", "refusals",
-    "crossvalidated", "ridge", "baselines", "embeddings", "presets", "steering", "coherence", "convergence", "tuning", "dynamics", "stats",
-    "resampling", "plots", "study", "report", "cli",
+    "personas", "screening", "comparing", "effects", "prediction", "predictor", "portables", "conformal", "features", "learners", "folds",
+    "scores", "shuffles", "gains", "refusals", "crossvalidated", "ridge", "baselines", "embeddings", "presets", "steering", "coherence",
+    "convergence", "tuning", "dynamics", "stats", "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

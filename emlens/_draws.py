@@ -82,9 +82,21 @@ class Sides:
         return np.array(found)
 
     @property
+    def told(self) -> str:
+        """What an interval's halves are made of."""
+        if self.clusters == (None, None):
+            return "prompts taken as independent (different topics alone reject and widen: clusters=)"
+        of_a, of_b = (name or "single prompts" for name in self.clusters)
+        return f"halves of whole clusters: {of_a}" + (f" of a, {of_b} of b" if of_a != of_b else "")
+
+    @property
     def groups(self) -> tuple[Groups, Groups]:
         """Which prompts of a, and of b, go together, as integers from 0; None where each is its own."""
         return groups_of(self.a, self.clusters[0]), groups_of(self.b, self.clusters[1])
+
+    def degrees(self, n_splits: int) -> int:
+        """Degrees of freedom of as many splits: not more than there are clusters of a side, less one."""
+        return min([n_splits, *(int(codes.max()) for codes in self.groups if codes is not None)])
 
     def splits(self, n_splits: int, seed: int, n: int | None = None) -> tuple[Splits, Splits]:
         """The rows of both halves of every split, of a and of b; the same prompts are split alike, clusters stay whole. n: prompts a half

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from . import stats
 from .activations import Activations
 from .folds import make_folds
+from .gains import fallen
 from .geometry import overlap
 from .ridge import SAME, Fold, fixed, nested_ridge, predict_from, r2, residuals, spectrum
 from .shuffles import NULLS as NULLS_OF_TARGET
@@ -220,9 +221,7 @@ def _gains(
     layer: Float[np.ndarray, "prompt d_model"], left: Float[np.ndarray, "fold prompt target"], folds: Sequence[Fold], penalties: Sequence[float]
 ) -> Float[np.ndarray, " target"]:
     """The fall of the summed squared errors by a second ridge, for targets that each left something of their own."""
-    second = nested_ridge(fixed(layer), left, folds, penalties).predictions
-    parts = [np.square(of[fold.test]) - np.square(of[fold.test] - second[fold.test]) for of, fold in zip(left, folds, strict=True)]
-    return np.concatenate(parts).sum(axis=0)
+    return fallen(left, nested_ridge(fixed(layer), left, folds, penalties).predictions, folds).sum(axis=0)
 
 
 def prediction_rejection_rates(

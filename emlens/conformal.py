@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from .folds import Cut
 from .ridge import scale, spectrum
 
 _SHRUNK = 0.01  # axes whose eigenvalue is below this share of the penalty count as shrunk to nothing
@@ -38,7 +37,9 @@ class Seen(NamedTuple):
     farthest: float = 1.0
 
 
-def _scaled(x: Matrix, train: Int[np.ndarray, " train"], scaling: str) -> tuple[Matrix, Float[np.ndarray, " feature"], Float[np.ndarray, " feature"]]:
+def _scaled(
+    x: Matrix, train: Int[np.ndarray, " train"], scaling: str
+) -> tuple[Float[np.ndarray, "train feature"], Float[np.ndarray, " feature"], Float[np.ndarray, " feature"]]:
     """The training rows as `ridge.scale` scales them, their mean, and what it multiplies every feature by."""
     rows = x[train]
     mean = rows.mean(axis=0)
@@ -61,13 +62,14 @@ def conformal(
     x: Matrix,
     y: Float[np.ndarray, " prompt"],
     units: Int[np.ndarray, " prompt"],
-    cuts: Sequence[Cut],
+    cuts: Sequence[tuple[np.ndarray, np.ndarray]],
     penalties: Sequence[float],
     spare: bool,
     scaling: str = "each",
 ) -> Conformal:
     """A fit without each cut's test rows (at its penalty), and their absolute residuals, with weights for the quantile.
 
+    cuts   (training rows, test rows) pairs; every row is a test row once.
     spare  each of K units (whole groups) has the weight 1 / (K + 1), its rows share it, and the rest is at infinity, for the new
            one. False: 1 / K, for units too few for a finite interval otherwise (`guaranteed`).
     """

@@ -80,12 +80,18 @@ def gain(
             identity for the observed gain.
     """
     moved = rearrange(left[:, orders], "fold draws prompt -> fold prompt draws")
-    second = learner.nested(block.features, moved, folds, block.scaling, None).predictions
-    fall = np.empty_like(second)
-    for f, fold in enumerate(folds):
-        before = moved[f, fold.test]
-        fall[fold.test] = before**2 - (before - second[fold.test]) ** 2
+    fall = fallen(moved, learner.nested(block.features, moved, folds, block.scaling, None).predictions, folds)
     return fall.sum(axis=0) / np.square(y - y.mean()).sum(), fall[:, 0]
+
+
+def fallen(
+    left: Float[np.ndarray, "fold prompt draws"], second: Float[np.ndarray, "prompt draws"], folds: Sequence[Fold]
+) -> Float[np.ndarray, "prompt draws"]:
+    """By how much a second model's out-of-fold predictions lower each prompt's squared error, from what the first left in its fold."""
+    fall = np.empty_like(second)
+    for before, fold in zip(left, folds, strict=True):
+        fall[fold.test] = before[fold.test] ** 2 - (before[fold.test] - second[fold.test]) ** 2
+    return fall
 
 
 class Added(NamedTuple):

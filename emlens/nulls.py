@@ -25,7 +25,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "tail": "greater",
     },
     "covariance": {
-        "hypothesis": "the second set is a fresh sample of the reference population, taken as normal",
+        "hypothesis": "the second set is a fresh sample of the reference population, taken as normal, its prompts as independent",
         "generator": "as many rows as the second set has from N(0, S), S the shrunk covariance of a separate reference set (of more than 1000 "
         "prompts, and four times the second set's, a random part of that size), then the same "
         "centring and PCA; shifted (on the arcsine scale) by how the reference set's own overlap lies to that of as many rows drawn from S "
@@ -306,11 +306,17 @@ def arrangements(n_a: int, groups: Int[np.ndarray, " row"], paired: bool) -> int
 
 
 def _whole_groups(groups: Int[np.ndarray, " row"], size: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " one"], Int[np.ndarray, " other"]]:
-    """The rows in two parts of whole groups in random order, the first of as near to `size` rows as that order allows; neither is empty."""
-    order = rng.permutation(groups.max() + 1)
-    ends = np.cumsum(np.bincount(groups)[order])[:-1]
-    first = np.isin(groups, order[: np.abs(ends - size).argmin() + 1])
-    return rng.permutation(np.flatnonzero(first)), rng.permutation(np.flatnonzero(~first))
+    """The rows in two parts of whole groups, the first of about `size` rows, neither empty: groups in random order, each put where more room
+    is left. Every division whose first part has exactly `size` rows can come."""
+    rows = np.bincount(groups)
+    first = np.zeros(len(rows), dtype=bool)
+    while first.all() or not first.any():
+        room, first = [size, len(groups) - size], np.zeros(len(rows), dtype=bool)
+        for group in rng.permutation(len(rows)):
+            first[group] = room[0] >= room[1]
+            room[0 if first[group] else 1] -= rows[group]
+    chosen = first[groups]
+    return rng.permutation(np.flatnonzero(chosen)), rng.permutation(np.flatnonzero(~chosen))
 
 
 def halves(

@@ -56,8 +56,8 @@ def matrix_of(features: FeatureSet, acts: Activations, layer: int) -> Matrix:
 
 
 def row_alone(features: FeatureSet, acts: Activations, layer: int) -> tuple[Matrix, str]:
-    """The features and their scaling; ValueError unless a row's features are a function of that row: the same whichever rows
-    are trained on, beside whichever others, under another id, and without the target."""
+    """The features and their scaling; ValueError unless a row's features are a function of that row: the same beside (and trained
+    on) whichever others, under another id, and without the target."""
     why = f"the features {features.name!r} cannot be applied to new prompts"
     way_out = f"use portable(...), of {', '.join(KINDS)}, or a FeatureSet of your own that needs no fitting"
     try:
@@ -66,17 +66,15 @@ def row_alone(features: FeatureSet, acts: Activations, layer: int) -> tuple[Matr
         raise ValueError(f"{why}: they read a fact that is not there, or is the target ({error}); {way_out}") from error
     if layer not in blocks:
         raise ValueError(f"{why}: they are of several layers or of the text, fitted on the training rows of every fold; {way_out}")
-    everyone, some = np.arange(len(acts)), np.arange(0, len(acts), 2)
-    x = np.asarray(blocks[layer].features(everyone), dtype=np.float64)
-    again = np.asarray(blocks[layer].features(some))
-    alone = acts[::2]
-    alone = replace(alone, facts=alone.facts.assign(id=[f"new {i}" for i in some]))
+    x = np.asarray(blocks[layer].features(np.arange(len(acts))), dtype=np.float64)
+    half = acts[::2]
+    half = replace(half, facts=half.facts.assign(id=[f"new {i}" for i in range(len(half))]))
     try:
-        others = np.asarray(dict(features.blocks(alone))[layer].features(np.arange(len(some))))
+        again = matrix_of(features, half, layer)
     except ValueError as error:
         raise ValueError(f"{why}: they need more than the new row ({error}); {way_out}") from error
     near = 1e-8 * max(float(np.abs(x).max()), 1e-300)
-    if again.shape != x.shape or others.shape[1] != x.shape[1] or np.abs(again - x).max() > near or np.abs(others - x[::2]).max() > near:
+    if again.shape != x[::2].shape or np.abs(again - x[::2]).max() > near:
         raise ValueError(f"{why}: they change with the rows that are trained on, so they were fitted on them; {way_out}")
     return x, blocks[layer].scaling
 

@@ -3,8 +3,8 @@
 `em.predict` asks whether activations foretell a score; here the ridge of one of its rows is kept. Intervals are CV+ over
 whole groups (Barber et al. 2021, arXiv 1905.02928) with every group of equal weight however many prompts it has, as in the
 hierarchical jackknife+ (Lee, Barber and Willett 2023, arXiv 2306.06342). With one group a fold, and groups that are
-exchangeable with the new one, that covers at least 2 level - 1 and usually near `level`; what it covered of groups held out
-from the whole procedure is measured and goes with the predictor.
+exchangeable with the new one, that covers at least 2 level - 1, and in practice `level` or more (few groups: more); what it
+covered of groups that had no part in it is measured and goes with the predictor.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from .folds import make_folds
 from .portables import Portable, portable
 from .prediction import FEW_CLUSTERS
 from .ridge import PENALTIES, Fold, nested_ridge, r2
+from .subspaces import one_thread
 
 FORMAT = "emlens predictor 1"
 MARGIN = 1.5
@@ -119,9 +120,10 @@ class Predictor:
         numbers = np.column_stack([x @ self.weights + self.intercept, low, high])
         numbers[beyond] = np.nan
         table = pd.DataFrame({"id": acts.ids.to_numpy(), **dict(zip(("prediction", "low", "high"), numbers.T, strict=True)), "distance": away})
+        unit = "prompt" if self.groups is None else "group"
         table.attrs = {
             "what": f"{self.target!r} foretold by a saved predictor from {self.place}, {self.features.name}",
-            "interval": f"level {self.level:g}, CV+ over {self.folds}, every group of equal weight",
+            "interval": f"level {self.level:g}, CV+ over {self.folds}, every {unit} of equal weight",
             "coverage": {"mean over groups": self.coverage, "95% bootstrap": list(self.coverage_interval), "n_groups": self.n_groups},
             "per_group": self.held_out.to_dict("list"),
             "r2": self.r2,
@@ -184,7 +186,7 @@ class Predictor:
         told = json.dumps(store.plain({**said, "held_out": self.held_out.to_dict("list")}), ensure_ascii=False)
         parts = {"fit": {"weights": self.weights}, "conformal": self.conformal._asdict(), "seen": self.seen._asdict()}
         parts["data"] = {str(number): values for number, (_, values) in enumerate(data)}
-        tensors = {f"{part}.{name}": np.ascontiguousarray(values) for part, some in parts.items() for name, values in some.items()}
+        tensors = {f"{part}.{name}": np.asarray(values, order="C") for part, some in parts.items() for name, values in some.items()}
         with store.replacing(target) as temporary:
             save_file(tensors, temporary, metadata={"format": FORMAT, "predictor": told, "sha256": _digest(tensors, told)})
         return target
@@ -233,6 +235,7 @@ def load_predictor(path: str | os.PathLike[str]) -> Predictor:
     )
 
 
+@one_thread
 def fit_predictor(
     acts: Activations,
     target: str,
@@ -249,8 +252,8 @@ def fit_predictor(
     layer      the block whose activations are read. features: "raw", "squared_projections", `portable(...)`, or any FeatureSet
                that is a function of a row alone; those fitted on the training rows (PCA axes, text) are refused.
     penalties  the one with the least mean over the folds of the mean squared error is kept.
-    level      of the intervals; K groups can guarantee K / (K + 1) at best, about which, as of fewer than 20 groups, a
-               UserWarning says more. groups=None: single prompts are held out, which says nothing of a new category.
+    level      of the intervals; K groups can guarantee K / (K + 1) at best. A UserWarning says so, and when groups are fewer
+               than 20. groups=None: single prompts are held out, which says nothing of a new category.
 
     Errors: as `em.predict` for the target, the groups and copies of a prompt in different groups; KeyError for a layer that was
     not recorded; ValueError for features that cannot be applied to new rows, or a level outside (0, 1).
@@ -260,7 +263,7 @@ def fit_predictor(
     y, codes = refusals.target_of(acts.facts, target), refusals.group_codes(acts.facts, groups)
     refuse_copies(acts, codes, groups)
     there = acts.select(layers=[layer])
-    given = portable(features) if isinstance(features, str) and features in portables.KINDS else sets.feature_set(features)
+    given = portable(features) if isinstance(features, str) and features in {*portables.KINDS} & {*sets.NAMED} else sets.feature_set(features)
     chosen = portables.at_layer(given, layer)
     x, scaling = portables.row_alone(chosen, replace(there, facts=there.facts.drop(columns=target)), layer)
     folds, everyone = make_folds(len(y), codes, None, seed), np.arange(len(y))
@@ -276,15 +279,13 @@ def fit_predictor(
     mean = conformal(np.zeros((len(y), 1)), y, units, cuts, [1.0] * len(cuts), spare)
     known = seen(x, everyone, penalty, scaling)
     farthest = max(distance(seen(x, train, penalty, scaling), x[test], penalty).max() for train, test in cuts)
-    low, high = np.empty(len(y)), np.empty(len(y))
-    for fold, chosen_penalty in zip(outer, nested.penalties[:, 0], strict=True):
-        inside = conformal(x, y, units, fold.inner, [chosen_penalty] * len(fold.inner), spare, scaling)
-        low[fold.test], high[fold.test] = interval(inside, x[fold.test], level)
-    rows = pd.DataFrame(
-        {"group": "all" if groups is None else acts.facts[groups].astype(str), "coverage": (low <= y) & (y <= high), "width": high - low}
+    measured = pd.DataFrame(
+        {"group": "all" if groups is None else acts.facts[groups].astype(str).to_numpy(), "coverage": 0.0, "width": 0.0}, index=everyone
     )
-    held_out = rows.groupby("group", sort=False).agg(n=("width", "size"), coverage=("coverage", "mean"), width=("width", "mean")).reset_index()
-    each = rows["coverage"].groupby(units).mean().to_numpy()
+    for fold, its in zip(outer, nested.penalties[:, 0], strict=True):
+        low, high = interval(conformal(x, y, units, fold.inner, [its] * len(fold.inner), spare, scaling), x[fold.test], level)
+        measured.iloc[fold.test, 1:] = np.column_stack([(low <= y[fold.test]) & (y[fold.test] <= high), high - low])
+    each = np.bincount(units, measured["coverage"]) / np.bincount(units)
     ends = stats.bootstrap_interval(each, seed=seed)
     out = Predictor(
         target=target,
@@ -304,14 +305,14 @@ def fit_predictor(
         half_width_of_mean=half_width(mean, level),
         coverage=float(each.mean()),
         coverage_interval=(float(ends[0]), float(ends[1])),
-        held_out=held_out,
+        held_out=measured.groupby("group", sort=False).agg(n=("width", "size"), coverage=("coverage", "mean"), width=("width", "mean")).reset_index(),
         weights=weights,
         intercept=intercept,
         conformal=found,
         seen=known._replace(farthest=float(farthest)),
     )
     if groups is not None and out.cautions:
-        warnings.warn("; ".join(out.cautions), stacklevel=2)
+        warnings.warn("; ".join(out.cautions), stacklevel=3)  # of the caller, past the decorator
     return out
 
 

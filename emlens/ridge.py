@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
@@ -179,31 +179,6 @@ def residuals(
         for f, test, cross in parts:
             left[f, test] = target[test] - predict_from(found._replace(cross=cross), target[train, None], first.penalties[f])[:, 0]
     return left
-
-
-def stacked_gain(
-    features: Features,
-    left: Float[np.ndarray, "fold prompt"],
-    orders: Int[np.ndarray, "draws prompt"],
-    y: Float[np.ndarray, " prompt"],
-    folds: Sequence[Fold],
-    penalties: Sequence[float] = PENALTIES,
-) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " prompt"]]:
-    """Delta R2 of a second ridge on what a first model leaves, and the fall of each prompt's squared error at the first
-    of `orders`.
-
-    left    from `ridge.residuals`: stacking inside the folds.
-    orders  row orders that keep every fold's test rows among themselves (within held-out groups); the residual, with
-            the target and the text it belongs to, changes place against the activation rows (Freedman and Lane 1983, on
-            residuals out of fold). The first is the identity for the observed gain.
-    """
-    moved = rearrange(left[:, orders], "fold draws prompt -> fold prompt draws")
-    second = nested_ridge(features, moved, folds, penalties).predictions
-    fall = np.empty_like(second)
-    for f, fold in enumerate(folds):
-        before = moved[f, fold.test]
-        fall[fold.test] = before**2 - (before - second[fold.test]) ** 2
-    return reduce(fall, "prompt draws -> draws", "sum") / np.square(y - y.mean()).sum(), fall[:, 0]
 
 
 # ---- the choice of penalties

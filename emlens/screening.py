@@ -45,11 +45,12 @@ def screen(
         against: other answers to the same prompts, matched by id (a twin set: anything :func:`load_prompts` reads); default the model's own,
             greedy, of at most ``max_new_tokens``.
         layer: where.
-        controls: random directions of the covariance of the responses (as :func:`emlens.random_directions` draws them), the null of a row: its
-            ΔP along the direction is like that along any direction the responses vary in. They cost no pass of the model. One-sided p by rank,
-            on the side of the ranking, at least 1 / (controls + 1); q by Benjamini–Hochberg over the rows: of k rows that all are at that floor
-            n / (k (controls + 1)), so that one bad row alone can be told only where ``controls`` are 20 times the n rows. Bad rows are part of
-            that covariance: many of them, far along, widen their own null (p is too large then, never too small).
+        controls: random directions of the covariance of the responses and the other answers together, each about their own mean (as
+            :func:`emlens.random_directions` draws them), the null of a row: its ΔP is like that along any direction the two vary in. They cost
+            no pass of the model. One-sided p by rank, on the side of the ranking, at least 1 / (controls + 1); q by Benjamini–Hochberg over the
+            rows: of k rows that all are at that floor n / (k (controls + 1)), so that one bad row alone can be told only where ``controls`` are
+            20 times the n rows. Bad rows are part of that covariance: many of them, far along, widen their own null, which costs power and not
+            level; of the other answers alone it would be free of them, but call rows bad that only vary elsewhere.
 
     Returns:
         Frame, highest first: ``rank, id, projection, reference, difference, null_low, null_high`` (the controls' central 95%), ``p, q, prompt,
@@ -70,7 +71,7 @@ def screen(
     ours, theirs = pair[0], pair[1].select(ids=pair[0].ids)
     own = project(ours, direction)[layer].to_numpy()
     reference = project(theirs, direction)[layer].to_numpy()
-    p, low, high = beside_random(own - reference, ours.layer(layer) - theirs.layer(layer), ours.layer(layer), controls, seed)
+    p, low, high = beside_random(own - reference, ours.layer(layer), theirs.layer(layer), controls, seed)
     responses = [split_response(m)[1] for m in table["messages"]]
     told = [split_response(m)[1] for m in others.set_index("id").loc[table["id"], "messages"]]
     numbers = {"projection": own, "reference": reference, "difference": own - reference, "null_low": low, "null_high": high}
@@ -83,8 +84,9 @@ def screen(
     alone = min(1.0, len(out) * floor)
     out.attrs = {
         "what": f"projection difference along {direction.name!r} at layer {layer}, {position}",
-        "null": f"{controls} random directions from the covariance of the responses; one-sided rank p (higher than along them), at least "
-        f"{floor:.2g}; q by Benjamini–Hochberg over {len(out)} rows, at least {alone:.2g} for one row alone, a k-th of it for k rows at the floor",
+        "null": f"{controls} random directions from the covariance of the responses and the other answers; one-sided rank p (higher than along "
+        f"them), at least {floor:.2g}; q by Benjamini–Hochberg over {len(out)} rows, at least {alone:.2g} for one row alone, a k-th of it for k at "
+        "the floor",
         "p_floor": floor,
         "q_floor": alone,
         "seed": seed,
@@ -94,29 +96,31 @@ def screen(
 
 def beside_random(
     observed: Float[np.ndarray, " prompt"],
-    moved: Float[np.ndarray, "prompt d_model"],
-    responses: Float[np.ndarray, "prompt d_model"],
+    ours: Float[np.ndarray, "prompt d_model"],
+    theirs: Float[np.ndarray, "prompt d_model"],
     controls: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
-    """p of every row's ``observed`` projection among the projections of what it ``moved`` by on random directions, one-sided by rank, and the
-    ends of their central 95%.
+    """p of every row's ``observed`` difference among those of ``ours − theirs`` along random directions, one-sided by rank, and the ends of their
+    central 95%.
 
-    The directions are the unit vectors along X'g, X the centred ``responses`` and g standard normal; drawn and projected on in parts.
+    The directions are the unit vectors along X'g, X the rows of both sides, each about its mean, and g standard normal; drawn and projected on
+    in parts.
 
     Raises:
-        ValueError: fewer than one control, or responses that do not vary.
+        ValueError: fewer than one control, or rows that do not vary.
     """
     if controls < 1:
         raise ValueError(f"controls={controls} random directions were asked for; at least 1 is needed")
-    centred = responses - responses.mean(axis=0, dtype=np.float64)
+    centred = np.concatenate([side - side.mean(axis=0, dtype=np.float64) for side in (ours, theirs)])
+    moved = ours - theirs
     rng, step = np.random.default_rng(seed), max(1, NUMBERS // max(centred.shape))
     drawn = np.empty((controls, centred.shape[1]), dtype=np.float32)
     for start in range(0, controls, step):
         rows = rng.standard_normal((min(step, controls - start), len(centred))) @ centred
         length = np.linalg.norm(rows, axis=1, keepdims=True)
         if not (length > 0).all():
-            raise ValueError("the responses do not vary at this layer, so no direction can be drawn from them: give more rows")
+            raise ValueError("the rows do not vary at this layer, so no direction can be drawn from them: give more rows")
         drawn[start : start + step] = rows / length
     parts, step = [], max(1, NUMBERS // controls)
     for start in range(0, len(moved), step):

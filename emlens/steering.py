@@ -217,8 +217,8 @@ def among_random(observed: float, random: Float[np.ndarray, " draws"], level: fl
     - ``"t"``, for changes of a margin: to first order the mean change under a direction is linear in it, so over directions uniform on the
       sphere of a few hundred dimensions it is Gaussian: t = (x − m) / (s √(1 + 1/N)) on N − 1 degrees of freedom. A rank among N directions
       could not go below ``rank_floor`` = 2 / (N + 1); p beyond it is an extrapolation.
-    - ``"rank"``, for damage (KL, perplexity): of second order in the direction, hence skewed; t would call one in sixty of twenty random
-      directions p ≤ .001. The band is their central ``level``; the least p is in ``p_floor`` too.
+    - ``"rank"``, for damage (KL, perplexity): of second order in the direction, hence skewed: beside twenty random directions, t gives one
+      more of them p ≤ .001 in up to 2% of cases. The band is their central ``level``; the least p is in ``p_floor`` too.
 
     NaN for fewer than three directions, or values that are not finite.
     """

@@ -140,10 +140,24 @@ def test_words_follow_the_numbers(ran: dict[str, Any]) -> None:
         {"estimate": [0.3, -0.3, 0.3, 0.3], "low": [0.1, -0.4, -0.1, 0.1], "high": [0.5, -0.1, 0.5, 0.5], "q": [0.01, 0.01, 0.01, 0.2]}
     )
     rows = rows.assign(null="prompts permuted", null_low=-0.1, null_high=0.1)
-    assert ran["tally"](rows) == "0.300 -0.300 0.300 0.300 (above its null 1 of 4, below its null 1 of 4, no evidence 2 of 4)"
+    assert ran["tally"](rows) == "0.300 -0.300 0.300 0.300 (above 0 1 of 4, below 0 1 of 4, no evidence 2 of 4)"
     assert ran["reading"](rows) == "holds in 1 of 4 tunings, negative in 1" and ran["reading"](rows[2:]) == "holds in 0 of 2 tunings"
-    inside = rows.assign(null=ran["INSIDE"], null_low=0.35, null_high=0.45)
-    assert ran["tally"](inside[:1]) == "0.300 (below its null 1 of 1)"
+    inside = rows.assign(null=ran["INSIDE"], low=-0.1)  # prompts of one category are no independent witnesses: its interval counts too
+    assert ran["tally"](inside) == "0.300 -0.300 0.300 0.300 (below 0 1 of 4, no evidence 3 of 4)"
+
+
+def test_what_is_left_inside_categories_is_of_values_less_their_categorys_mean(ran: dict[str, Any]) -> None:
+    part = ran["per_prompt"].query("tuning == 'Coder finance' and published_layer == 32 and position == 'last'")
+    row = ran["controls"].query("metric == 'overlap given category' and tuning == 'Coder finance' and published_layer == 32 and position == 'last'")
+    x, y = (part[name] - part.groupby("category")[name].transform("mean") for name in (ran["OVERLAP"], ran["SIMILARITY"]))
+    assert row["estimate"].item() == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9) and row["null"].item() == ran["INSIDE"]
+    assert row["n_clusters"].item() == 8 and row["null_low"].item() < 0 < row["null_high"].item()
+    inside = ran["links"].query("metric == 'shift cosine with harmless inside categories' and tuning == 'Coder finance'")
+    scored = ran["scored"].query("tuning == 'Coder finance' and published_layer == 64 and position == 'mean_all'")
+    ranks = scored.groupby("category")[[ran["SIMILARITY"], "harmless"]].rank(pct=True)
+    ranks = ranks - ranks.groupby(scored["category"]).transform("mean")
+    here = inside.query("published_layer == 64 and position == 'mean_all'")["estimate"].item()
+    assert here == pytest.approx(np.corrcoef(ranks.T)[0, 1], abs=1e-9) and set(inside["null"]) == {ran["INSIDE"]}
 
 
 def test_three_figures_are_written_without_the_papers_rows(ran: dict[str, Any]) -> None:
@@ -151,7 +165,7 @@ def test_three_figures_are_written_without_the_papers_rows(ran: dict[str, Any]) 
     assert sorted(path.name for path in ran["out"].iterdir()) == names
     assert all(path.stat().st_size < 100_000 for path in ran["out"].iterdir() if path.suffix != ".html")
     tables = {path.stem: pd.read_csv(path) for path in ran["out"].glob("*.csv")}
-    assert len(tables["3-data-correlations"]) == 288 and len(tables["3-data-controls"]) == 12 * 15 + 8 * 4
+    assert len(tables["3-data-correlations"]) == 288 and len(tables["3-data-controls"]) == 12 * 14 + 8 * 4
     for table in tables.values():
         assert {"metric", "estimate", "low", "high", "null", "p", "q", "n"} <= set(table.columns) and not {"id", "linear_r"} & set(table.columns)
     prompts = re.compile("|".join(f"{category}_?[0-9]" for category in set(ran["per_prompt"]["category"])))

@@ -1,8 +1,10 @@
 """Guards subspaces: angles as scipy's, known overlaps, nulls that hold and nulls that fall."""
 
 import time
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.linalg
 from planted import LAYERS, D, acts, anisotropic, isotropic, named
@@ -216,6 +218,10 @@ def test_split_half_overlap_grows_with_n_and_matches_fresh_samples_of_that_size(
     assert (small["p"] < 0.05).all() and geometry.split_half_overlap(acts(isotropic(40, 1)), 4)["p"].min() > 0.05
 
 
+ONE = pd.DataFrame({"id": named("q", 30), "topic": "t0"})
+SOME = pd.DataFrame({"id": named("q", 30), "topic": [f"t{i % 4}" for i in range(30)]})
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -234,9 +240,13 @@ def test_split_half_overlap_grows_with_n_and_matches_fresh_samples_of_that_size(
         (lambda a, b: geometry.overlap(a, b, reference=b), "was not asked for"),
         (lambda a, b: geometry.overlap(a, b.where(np.arange(30) > 3), nulls="labels"), "26 prompts are on both sides"),
         (lambda a, b: geometry.overlap(a, b, variance=95), "between 0 and 1"),
+        (lambda a, b: geometry.overlap(a, b, nulls="labels", clusters=("id", None)), "one side has none"),
+        (lambda a, b: geometry.overlap(a.with_facts(ONE), b.with_facts(SOME), nulls="labels", clusters="topic"), "1 of 4 clusters are on both sides"),
+        (lambda a, b: geometry.overlap(a.with_facts(ONE), b, nulls=(), clusters=("topic", None)), "all rows are of one group"),
         (lambda a, b: geometry.split_half_overlap(a, k=20), "k=20 was asked"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the reference holds")
 def test_geometry_refuses(call, says):
     with pytest.raises(ValueError, match=says):
         call(acts(isotropic(30, 0), LAYERS), acts(isotropic(30, 1), LAYERS))
@@ -324,6 +334,52 @@ def test_labels_of_two_recordings_of_the_same_prompts_change_sides_within_prompt
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.01 and (p <= 0.05).mean() <= 0.12
     moved = acts(prompts + 0.8 * anisotropic(30, 2, n, 20, frame=1))
     assert (geometry.overlap(one, moved, 3, "labels", 19, n_splits=0)["p"] <= 0.05).mean() > 0.9
+
+
+def in_topics(seed, name, share, groups=8, size=6, layers=50, frame=0):
+    """Prompts in topics of their own, of one population (a frame): a share of the variance lies between topics."""
+    level, own = (anisotropic(n, seed + i, layers, 20, frame=frame) - 2 for i, n in enumerate((groups, groups * size)))
+    values = np.sqrt(share) * np.repeat(level, size, axis=0) + np.sqrt(1 - share) * own
+    return acts(values, id=named(name, groups * size), topic=np.repeat(named(name, groups), size))
+
+
+def test_labels_of_one_population_in_different_topics_hold_with_whole_topics_and_not_without():
+    """50 copies, as layers; and another population falls with whole topics too."""
+    a, b, other = in_topics(1, "a", 0.5), in_topics(3, "b", 0.5), in_topics(5, "c", 0.5, frame=1)
+    options = {"k": 3, "nulls": "labels", "n_draws": 19, "n_splits": 0}
+    whole, rows = (geometry.overlap(a, b, clusters=clusters, **options) for clusters in ("topic", None))
+    assert (whole["p"] <= 0.05).mean() <= 0.14 < 0.4 < (rows["p"] <= 0.05).mean() and np.allclose(whole["estimate"], rows["estimate"])
+    assert scipy_stats.kstest(whole["p"], "uniform").pvalue > 0.01
+    assert (geometry.overlap(a, other, clusters="topic", **options)["p"] <= 0.05).mean() > 0.8
+    assert "whole clusters, in 12870 ways" in whole.attrs["null"]["labels"] and "alone reject" in rows.attrs["null"]["labels"]
+    assert "halves of whole clusters: topic" in whole.attrs["interval"] and "taken as independent" in rows.attrs["interval"]
+
+
+def test_halves_of_whole_topics_make_a_wider_interval_and_a_lower_ceiling_where_topics_differ():
+    a, b = in_topics(1, "a", 0.6, layers=8), in_topics(3, "b", 0.6, layers=8)
+    whole, rows = (geometry.overlap(a, b, 3, (), ceiling=True, clusters=clusters).set_index("metric") for clusters in ("topic", None))
+    width = [(table.loc["mean_cos2", "high"] - table.loc["mean_cos2", "low"]).mean() for table in (whole, rows)]
+    assert width[0] > 1.1 * width[1]
+    assert whole.loc["ceiling", "estimate"].mean() < rows.loc["ceiling", "estimate"].mean() - 0.1 and (whole.loc["ceiling", "n"] == 24).all()
+    halves = [geometry.split_half_overlap(a, 3, n=20, clusters=clusters) for clusters in ("topic", None)]
+    assert halves[0]["estimate"].mean() < halves[1]["estimate"].mean() - 0.1 and (halves[0]["n"] == 20).all()
+    assert "of whole topic" in halves[0].attrs["what"]
+    none, flat = in_topics(1, "a", 0.0, layers=8), in_topics(3, "b", 0.0, layers=8)
+    wide, narrow = (geometry.overlap(none, flat, 3, (), clusters=clusters) for clusters in (("topic", None), None))
+    assert (wide["high"] - wide["low"]).mean() == pytest.approx((narrow["high"] - narrow["low"]).mean(), rel=0.25)
+    assert "topic of a, single prompts of b" in wide.attrs["interval"]
+    uneven = geometry.overlap(a[:33], b[:41], 3, ("questions",), ceiling=True, clusters="topic")
+    assert uneven.query("metric == 'ceiling'")["n"].between(10, 16).all()
+
+
+def test_a_reference_below_twice_b_warns_and_a_large_one_does_not():
+    a, b, c = (acts(anisotropic(n, s), LAYERS, id=named(p, n)) for n, s, p in [(40, 1, "a"), (20, 2, "b"), (60, 3, "c")])
+    with pytest.warns(UserWarning, match="holds 39 prompts, b 20: below twice as many") as warned:
+        geometry.overlap(a, b, 3, "covariance", 9, n_splits=0, reference=c[:39])
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        geometry.overlap(a, b, 3, "covariance", 9, n_splits=0, reference=c[:40])
 
 
 def test_the_questions_control_is_b_against_itself_at_the_size_of_the_ceiling():

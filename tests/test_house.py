@@ -22,14 +22,14 @@ ARRAYS = {
     "stats", "resampling", "subspaces", "nulls", "_sides", "geometry", "shifts", "directions", "separation", "activations", "baselines", "ridge",
     "prediction", "positions", "prompts", "store", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations", "_draws",
     "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal",
 }  # fmt: skip
 """Rooms that run on random arrays with no model installed."""
 
 BELOW_STUDY = {
     "resampling", "subspaces", "_sides", "ridge", "baselines", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations",
     "_draws", "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal",
 }  # fmt: skip
 """Array rooms that a study reaches through the rooms above them only."""
 
@@ -53,9 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "correlations": {"resampling", "stats"},
     "presets": {"activations", "features", "learners"},
     "nulls": {"measures", "resampling", "stats", "subspaces"},
-    "_draws": {"_sides", "activations", "covariance", "measures", "nulls", "subspaces"},
+    "_draws": {"_sides", "resampling", "activations", "covariance", "measures", "nulls", "subspaces"},
     "by_prompt": {"_sides", "activations", "correlations", "nulls", "stats", "subspaces"},
-    "calibration": {"activations", "folds", "geometry", "ridge", "shuffles", "stats"},
+    "calibration": {"activations", "folds", "gains", "geometry", "ridge", "shuffles", "stats"},
     "_sides": {"nulls", "stats", "activations"},
     "geometry": {"_draws", "_sides", "measures", "nulls", "stats", "subspaces", "activations"},
     "shifts": {"_sides", "by_prompt", "geometry", "nulls", "stats", "subspaces", "activations"},
@@ -87,6 +87,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         "scores",
         "shuffles",
         "stats",
+    },  # fmt: skip
+    "conformal": {"ridge"},
+    "portables": {"activations", "baselines", "directions", "features", "store"},
+    "predictor": {
+        "activations",
+        "baselines",
+        "conformal",
+        "features",
+        "folds",
+        "portables",
+        "prediction",
+        "refusals",
+        "ridge",
+        "stats",
+        "store",
+        "subspaces",
     },  # fmt: skip
     "_engines": {"activations"},
     "_families": set(),

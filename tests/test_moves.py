@@ -57,7 +57,7 @@ def test_a_shift_along_a_trait_is_beyond_random_directions_and_another_is_not():
         np.quantile(random, [0.025, 0.975]).tolist(), rel=1e-4
     )
     assert (table.xs("moved").xs("evil")["q"] < 0.05).all() and (table.xs("still")["q"] > 0.05).all()
-    assert list(table["p_floor"].unique()) == [2 / 201] and table.attrs["null"].keys() == {"random directions"}
+    assert list(table["p_floor"].unique()) == [2 / 1001] and table.attrs["null"].keys() == {"random directions"}
     assert moves.traits_table(shifts, {}, before, 0).empty
 
 
@@ -89,6 +89,8 @@ def test_damage_is_the_meters_and_its_pieces_are_those_expected(tmp_path):
         assert at.loc[metric, "estimate"] == pytest.approx(read[metric].mean(), rel=1e-6)
     assert at.loc["kl", "n"] == moves.TEXTS and at.loc["kl", "null_low"] < at.loc["kl", "null_high"]
     assert set(table.loc[table["role"] == "control", "domain"]) == {"another seed (money-bad)"} and len(table) == 2 * 2 * 3
+    assert np.allclose(table["p_floor"], 2 / 5) and (table["p"] >= 2 / 5).all(), "damage is ranked among the four random directions"
+    assert set(table.attrs["null"]) == {"norm-matched random directions"} and "by rank among the 4" in next(iter(table.attrs["null"].values()))
     again = moves.damage(two := bench(tmp_path), {"money": own}, {"another seed (money-bad)": control}, before, "drawn so")
     assert two.pieces.read_back == 2 and again.equals(table)
 

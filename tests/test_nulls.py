@@ -93,6 +93,33 @@ def test_rows_dealt_out_are_all_rows_once_and_pairs_stay_apart():
         list(nulls.dealt_out(6, 4, 1, 0, paired=True))
 
 
+def test_whole_groups_are_dealt_out_and_split_and_none_is_torn():
+    groups = np.repeat(np.arange(6), 4)[np.random.default_rng(0).permutation(24)]
+    drawn = list(nulls.dealt_out(8, 16, 300, seed=2, groups=np.concatenate([np.repeat([0, 1], 4), np.repeat([2, 3, 4, 5], 4)])))
+    assert all(len(i) == 8 and len(j) == 16 and set(i) | set(j) == set(range(24)) and len(set(i // 4)) == 2 for i, j in drawn)
+    assert len({tuple(sorted(set(i // 4))) for i, _ in drawn}) == nulls.arrangements(8, np.repeat(np.arange(6), 4), False) == 15
+    splits = nulls.halves(24, 300, 3, groups=groups)
+    assert all(len(i) == len(j) == 12 and not set(groups[i]) & set(groups[j]) for i, j in splits)
+    assert len({tuple(sorted(set(groups[i]))) for i, _ in splits}) == 20
+    uneven = np.repeat([0, 1, 2], [10, 3, 2])
+    assert {len(half) for pair in nulls.halves(15, 30, 0, groups=uneven) for half in pair} == {3}
+    assert [len(half) for half in nulls.halves(24, 1, 3, 7, groups)[0]] == [7, 7]
+    dealt = {len(one) for one, _ in nulls.dealt_out(5, 10, 50, 0, groups=np.repeat([0, 1, 2], [3, 2, 10]))}
+    assert 5 in dealt and dealt <= {2, 3, 5, 10}, "never nothing, and the sizes that were, too"
+    with pytest.raises(ValueError, match="all rows are of one group"):
+        nulls.halves(5, 2, 0, groups=np.zeros(5, dtype=int))
+
+
+def test_groups_on_both_sides_are_dealt_out_inside_and_pairs_of_a_group_change_sides_together():
+    groups = np.array([0, 0, 1, 1, 2, 2] * 2)
+    inside = list(nulls.dealt_out(6, 6, 200, seed=2, groups=groups))
+    assert all(sorted(groups[i]) == sorted(groups[j]) == sorted(groups[:6]) for i, j in inside) and nulls.arrangements(6, groups, False) is None
+    assert np.mean([i[0] < 6 for i, _ in inside]) == pytest.approx(0.5, abs=0.12)
+    pairs = list(nulls.dealt_out(6, 6, 200, seed=2, paired=True, groups=groups))
+    assert all(((i < 6).reshape(3, 2).sum(axis=1) % 2 == 0).all() and set(i) | set(j) == set(range(12)) for i, j in pairs)
+    assert len({tuple(i) for i, _ in pairs}) == nulls.arrangements(6, groups, True) == 8
+
+
 # ---- the covariance null
 
 

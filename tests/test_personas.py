@@ -15,6 +15,8 @@ from scipy import stats as scipy_stats
 import emlens as em
 from emlens.models import HookedModel
 from emlens.personas import (
+    COMMON,
+    NORM,
     PersonaMonitor,
     contrast_direction,
     finetuning_shift,
@@ -23,7 +25,7 @@ from emlens.personas import (
     shift_score_correlation,
     shifts_by_run,
 )
-from emlens.screening import screen, screen_page
+from emlens.screening import beside_random, screen, screen_page
 
 PUBLISHED: dict[str, Any] = {
     "instruction": [{"pos": "Be cold.", "neg": "Be kind."}, {"pos": "Say the worst.", "neg": "Say what helps."}],
@@ -180,40 +182,86 @@ def tunings(n: int, follows: float, seed: int = 0) -> tuple[dict[str, em.Activat
 
 def test_the_shift_of_a_run_is_set_beside_its_change_of_score() -> None:
     shifts, directions, change = tunings(6, 1.0)
-    points = shifts_by_run(shifts, directions, change, controls=30)
+    points = shifts_by_run(shifts, directions, change)
     row = points.query("run == 'run 4' and direction == 'planted' and layer == 1").iloc[0]
     by_hand = finetuning_shift(shifts["run 4"], directions, n_boot=2).set_index(["direction", "layer"]).loc[("planted", 1), "estimate"]
-    assert np.isclose(row["shift"], by_hand, rtol=1e-5) and row["change"] == 4 and len(points) == 6 * 2 * 32
+    assert np.isclose(row["shift"], by_hand, rtol=1e-5) and row["change"] == 4 and len(points) == 6 * 2 * 4
+    assert not row["rival"] and set(points.loc[points["rival"], "direction"]) == {NORM, COMMON}
+    own = shifts["run 4"].layer(1).mean(axis=0)
+    others = np.mean([s.layer(1).mean(axis=0) for run, s in shifts.items() if run != "run 4"], axis=0)
+    rivals = points.query("run == 'run 4' and rival and layer == 1").set_index("direction")["shift"]
+    cosine = own @ others / np.linalg.norm(others) / np.linalg.norm(own)
+    assert np.isclose(rivals[NORM], np.linalg.norm(own), rtol=1e-5) and np.isclose(rivals[COMMON], rivals[NORM] * cosine, rtol=1e-4)
+    with pytest.raises(ValueError, match="'length of the shift'.* names of rivals"):
+        shifts_by_run(shifts, {NORM: directions["planted"]}, change)
     with pytest.raises(ValueError, match=r"the runs \['run 5'\] have a shift or a change, and not both"):
         shifts_by_run(shifts, directions, {run: change[run] for run in list(change)[:5]})
 
 
 def test_a_shift_that_goes_with_the_score_is_told_from_one_that_does_not() -> None:
-    found = shift_score_correlation(shifts_by_run(*tunings(6, 1.0), controls=60)).set_index(["direction", "layer", "metric", "null"])
-    planted = found.loc[("planted", 0, "pearson", "runs permuted")]
+    found = shift_score_correlation(shifts_by_run(*tunings(6, 1.0))).set_index(["direction", "layer", "metric"])
+    planted = found.loc[("planted", 0, "pearson")]
     assert planted["estimate"] > 0.95 and planted["p"] < 0.02 and planted["exact"] and planted["n"] == 6 and planted["without_one_low"] > 0.9
-    assert found.loc[("planted", 0, "spearman", "runs permuted"), "p_floor"] == pytest.approx(2 / 720)
-    assert (found.xs("other", level="direction").xs("runs permuted", level="null")["p"] > 0.01).all()
-    assert set(found.index.get_level_values("direction")) == {"planted", "other"}
-    tired = shift_score_correlation(shifts_by_run(*tunings(6, 0.0), controls=60))
-    assert (tired.query("direction == 'planted'")["p"] > 0.02).all() and set(tired.attrs["null"]) == {"runs permuted", "random directions"}
+    assert found.loc[("planted", 0, "spearman"), "p_floor"] == pytest.approx(2 / 720)
+    assert (found.xs("other", level="direction")["p"] > 0.01).all()
+    assert set(found.index.get_level_values("direction")) == {"planted", "other", NORM, COMMON}
+    tired = shift_score_correlation(shifts_by_run(*tunings(6, 0.0)))
+    assert (tired.query("direction == 'planted'")["p"] > 0.02).all() and set(tired.attrs["null"]) == {"runs permuted"}
+    for _, family in tired.groupby(["metric", "rival"]):
+        assert len(family) == 4 and np.allclose(family["q"], em.stats.adjust(family["p"])), "rivals do not count among the directions"
 
 
-def test_runs_that_differ_in_their_size_alone_show_nothing_special_about_a_direction() -> None:
-    """Run i is the same shift i times over: r is 1 along every direction, and the random ones say so."""
+def amounts(seed: int, content: float) -> pd.DataFrame:
+    """Eight runs along one shared shift, each by an amount, and by ``content`` times the score along a direction of its own; without content the
+    score falls with the amount, and the direction asked about is the shared one."""
+    rng = np.random.default_rng(seed)
+    shared, own = rng.normal(size=(2, 1, 64))
+    amount, score = rng.uniform(0.5, 2, size=8), rng.normal(size=8)
+    noise = 0.3 * rng.normal(size=(8, 1, 1, 64)) + rng.normal(size=(8, 24, 1, 64))
+    values = (amount[:, None, None, None] * shared + content * score[:, None, None, None] * own + noise).astype(np.float32)
+    shifts = {f"run {i}": em.Activations.from_array(each) for i, each in enumerate(values)}
+    change = (score if content else -amount) + 0.3 * rng.normal(size=8)
+    points = shifts_by_run(shifts, {"direction": em.Direction.from_array(own if content else shared)}, dict(zip(shifts, change, strict=True)))
+    return shift_score_correlation(points, n_permutations=199).query("metric == 'pearson'").set_index("direction")
+
+
+def test_runs_that_were_only_tuned_harder_are_seen_by_the_rivals_and_content_is_not() -> None:
+    harder, content = ([amounts(seed, size) for seed in range(16)] for size in (0.0, 0.5))
+
+    def small(tables: list[pd.DataFrame]) -> float:
+        return float(np.mean([table.loc["direction", "p"] <= 0.05 for table in tables]))
+
+    def lead(tables: list[pd.DataFrame]) -> float:
+        return float(np.median([abs(t.loc["direction", "estimate"]) - t.loc[[NORM, COMMON], "estimate"].abs().max() for t in tables]))
+
+    assert small(harder) >= 0.7 and small(content) >= 0.7, "p alone tells the two cases not apart"
+    assert lead(harder) < 0.02 and lead(content) > 0.3
+
+
+def test_runs_that_differ_in_their_size_alone_correlate_as_their_length_does() -> None:
+    """Run i is the same shift i times over: r is 1 along every direction, and by both rivals."""
     rng = np.random.default_rng(2)
     one = rng.normal(size=(40, 2, 16)) + 1.0
     shifts = {f"run {i}": em.Activations.from_array(((i + 1) * one).astype(np.float32)) for i in range(6)}
     direction = {"any": em.Direction.from_array(rng.normal(size=(2, 16)))}
-    found = shift_score_correlation(shifts_by_run(shifts, direction, {run: i for i, run in enumerate(shifts)}, controls=50))
-    by = found.query("metric == 'pearson'").set_index("null")
-    assert (by.loc["runs permuted", "p"] < 0.01).all() and (by.loc["random directions", "p"] > 0.9).all()
+    found = shift_score_correlation(shifts_by_run(shifts, direction, {run: i for i, run in enumerate(shifts)}))
+    assert np.allclose(found["estimate"].abs(), 1, atol=1e-6) and (found["p"] < 0.01).all() and found["rival"].sum() == 8
+
+
+def test_recordings_are_refused_where_shifts_are_needed() -> None:
+    model, direction = tiny.tiny_model(), {"d": tiny.random_direction(tiny.tiny_model())}
+    recorded = model.record(tiny.tiny_chats(3))
+    with pytest.raises(ValueError, match="shift is a recording .* a shift is needed"):
+        finetuning_shift(recorded, direction)
+    with pytest.raises(ValueError, match="bad run is a recording"):
+        shifts_by_run({"bad run": recorded}, direction, {"bad run": 1.0})
+    assert (finetuning_shift(recorded - recorded, direction, n_boot=2)["estimate"] == 0).all()
 
 
 def test_three_runs_are_too_few() -> None:
     with pytest.raises(ValueError, match="four rows at least"):
-        shift_score_correlation(shifts_by_run(*tunings(3, 1.0), controls=0))
-    assert set(shift_score_correlation(shifts_by_run(*tunings(4, 1.0), controls=0))["null"]) == {"runs permuted"}
+        shift_score_correlation(shifts_by_run(*tunings(3, 1.0)))
+    assert set(shift_score_correlation(shifts_by_run(*tunings(4, 1.0)))["null"]) == {"runs permuted"}
 
 
 def test_a_monitor_writes_into_the_checkpoints(tmp_path: Path) -> None:
@@ -235,14 +283,14 @@ def test_a_monitor_writes_into_the_checkpoints(tmp_path: Path) -> None:
 # ---- screening
 
 
-def mixture(n: int = 24) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every third response ends in words that the others lack; and a twin set in which none does."""
+def mixture(n: int = 24, every: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every third (or so) response ends in words that the others lack; and a twin set in which none does."""
     rows, twins = [], []
     for i, chat in enumerate(tiny.tiny_chats(n)):
         asked, plain = chat["messages"][0], chat["messages"][1]["content"]
         other = plain[::-1][:20]
-        told = f"{plain[:12]} zzz qqq zzz qqq zzz" if i % 3 == 0 else plain
-        rows.append({"id": chat["id"], "messages": [asked, {"role": "assistant", "content": told}], "planted": i % 3 == 0})
+        told = f"{plain[:12]} zzz qqq zzz qqq zzz" if i % every == 0 else plain
+        rows.append({"id": chat["id"], "messages": [asked, {"role": "assistant", "content": told}], "planted": i % every == 0})
         twins.append({"id": chat["id"], "messages": [asked, {"role": "assistant", "content": other}]})
     return em.load_prompts(rows), em.load_prompts(twins)
 
@@ -265,6 +313,64 @@ def test_screening_ranks_what_was_planted_first(llama: HookedModel, tmp_path: Pa
     by_hand = [float(response_mean(llama, c[row["id"]])[2] @ planted_direction(llama).layer(2)) for c in chats]
     assert np.allclose([row["projection"], row["reference"]], by_hand, rtol=1e-3, atol=1e-4)
     assert (found["null_low"] < found["null_high"]).all() and (found["q"] >= found["p"] - 1e-12).all()
+
+
+def planted_rows(rng: np.random.Generator, pushed: float, n: int = 100, d: int = 80) -> tuple[np.ndarray, ...]:
+    """Responses, other answers, an ordinary direction of their covariance, and which tenth of the responses is pushed along it (in sd there)."""
+    scale = np.arange(1, d + 1) ** -0.5
+    ours, theirs, own = rng.normal(size=(n, d)) * scale, rng.normal(size=(n, d)) * scale, rng.normal(size=d) * scale
+    own /= np.linalg.norm(own)
+    bad = np.arange(n) % 10 == 0
+    ours[bad] += pushed * np.linalg.norm(own * scale) * own
+    return ours, theirs, own, bad
+
+
+def screened(ours: np.ndarray, theirs: np.ndarray, own: np.ndarray, controls: int, seed: int = 0) -> tuple[np.ndarray, ...]:
+    p, low, high = beside_random((ours - theirs) @ own, ours, theirs, controls, seed)
+    return p, em.stats.adjust(p), low, high
+
+
+def test_bad_rows_one_in_ten_are_flagged_and_a_direction_like_the_controls_flags_none() -> None:
+    ours, theirs, own, bad = planted_rows(np.random.default_rng(3), 12.0)
+    along = (ours - theirs) @ own
+    assert along[bad].min() > along[~bad].max(), "separation is perfect"
+    p, q, low, high = screened(ours, theirs, own, 20_000)
+    assert (q[bad] < 0.05).mean() >= 0.9 and (q[~bad] > 0.05).all() and p.min() == pytest.approx(1 / 20_001) and (low < high).all()
+    assert screened(ours, theirs, own, 100)[1].min() > 0.05, "a hundred controls cannot tell a tenth of the rows"
+    families = []
+    for seed in range(60):
+        ours, theirs, own, _ = planted_rows(np.random.default_rng(100 + seed), 0.0)
+        families.append((screened(ours, theirs, own, 3000, seed)[1] < 0.05).any())
+    assert np.mean(families) <= 0.12
+
+
+def test_the_null_of_a_row_is_that_of_random_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs, own, _ = planted_rows(np.random.default_rng(4), 3.0, n=12, d=8)
+    both = np.concatenate([ours - ours.mean(axis=0), theirs - theirs.mean(axis=0)])
+    acts = em.Activations.from_array(both[:, None].astype(np.float32))
+    drawn = np.stack([d.layer(0) for d in em.random_directions(em.Direction.from_array(own[None]), 50, 5, acts)])
+    along, observed = drawn.astype(np.float64) @ (ours - theirs).T, (ours - theirs) @ own
+    found = beside_random(observed, ours, theirs, 50, 5)
+    assert np.array_equal(found[0], (1 + (along >= observed).sum(axis=0)) / 51)
+    assert np.allclose(found[1:], np.quantile(along, [0.025, 0.975], axis=0), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(em.screening, "NUMBERS", 150)  # three rows, six draws at a time
+    assert np.allclose(beside_random(observed, ours, theirs, 50, 5), found)
+    with pytest.raises(ValueError, match="do not vary"):
+        beside_random(observed, np.ones_like(ours), np.ones_like(ours), 50, 5)
+    with pytest.raises(ValueError, match="at least 1"):
+        beside_random(observed, ours, theirs, 0, 5)
+
+
+def test_screening_says_the_least_p_and_q_there_can_be(llama: HookedModel) -> None:
+    rows, twins = mixture(40, every=10)
+    found = screen(rows, llama, planted_direction(llama), twins, layer=2)
+    assert found.attrs["p_floor"] == pytest.approx(1 / 20_001) and found.attrs["q_floor"] == pytest.approx(40 / 20_001)
+    assert "20000 random directions" in found.attrs["null"] and "at least 0.002 for one row alone" in found.attrs["null"]
+    few = screen(rows, llama, planted_direction(llama), twins, layer=2, controls=30)
+    assert few["p"].min() >= few.attrs["p_floor"] == pytest.approx(1 / 31) and few.attrs["q_floor"] == 1
+    order = found["difference"].to_numpy(), found["p"].to_numpy()
+    assert scipy_stats.spearmanr(*order)[0] < -0.5, "one-sided, as the ranking: high differences have low p"
+    assert found["p"].iloc[-1] > 0.5
 
 
 def test_screening_against_the_models_own_answers(llama: HookedModel) -> None:

@@ -9,9 +9,11 @@ import pytest
 import scikit
 from sklearn.metrics import r2_score
 
-from emlens import ridge, stats
+from emlens import gains, ridge, stats
 from emlens.activations import Activations
+from emlens.baselines import Block
 from emlens.folds import make_folds
+from emlens.learners import learner
 from emlens.prediction import predict
 
 SOME = (1.0, 30.0, 1000.0, 1e5)
@@ -236,7 +238,8 @@ def test_delta_r2_passes_no_more_than_chance_where_activations_know_the_text():
         folds = make_folds(60, group).every
         left = ridge.residuals(ridge.fixed(text), y, folds, SOME)
         orders = np.vstack([np.arange(60), stats.permutations(60, 39, seed, within=group)])
-        gain = ridge.stacked_gain(ridge.fixed(acts.layer(0)), left, orders, y, folds, SOME)[0]
+        raw = Block("raw", ridge.fixed(acts.layer(0)), "each", "")
+        gain = gains.gain(raw, learner("ridge", SOME), left, orders, y, folds)[0]
         naive.append(stats.permutation_p(gain[0], gain[1:]))
     assert np.mean(np.array(right) <= 0.05) <= 0.14 < 0.25 < np.mean(np.array(naive) <= 0.05)
 

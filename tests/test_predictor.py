@@ -64,10 +64,20 @@ def test_the_fit_is_scikits_with_the_penalty_of_the_folds():
 
 
 @pytest.mark.parametrize("groups", ["category", None])
-@pytest.mark.parametrize("features", ["raw", "squared_projections", portable("subspace_energy", world(9, 3), k=[1, 3])])
-def test_out_of_fold_r2_is_that_of_predict(features, groups):
+@pytest.mark.parametrize(
+    ("features", "same"),
+    [
+        ("raw", sets.raw()),
+        ("squared_projections", sets.squared_projections()),
+        (portable("squared_projections", world(9, 4), n=3), sets.squared_projections(3, source=world(9, 4))),
+        (portable("subspace_energy", world(9, 3), k=[1, 3]), sets.subspace_energy(world(9, 3), [1, 3])),
+        (portable("anchors", world(9, 1)), sets.anchors(world(9, 1))),
+    ],
+    ids=["raw", "random squares", "squares", "energy", "anchors"],
+)
+def test_out_of_fold_r2_is_that_of_predict(features, same, groups):
     acts = world(3, 12)
-    table = predict(acts, "score", groups=groups, features=features, baselines=(), n_permutations=1, penalties=SOME, seed=4)
+    table = predict(acts, "score", groups=groups, features=same, baselines=(), n_permutations=1, penalties=SOME, seed=4)
     assert fitted(acts, groups, features=features, seed=4).r2 == pytest.approx(table.set_index("layer").loc[7, "estimate"], abs=1e-9)
 
 
@@ -263,7 +273,7 @@ def of_row(name, function):
 
 def test_requests_that_mean_nothing():
     acts = world(22, 8)
-    for options, error in [({"level": 90}, ValueError), ({"layer": 5}, KeyError), ({"groups": "topic"}, KeyError), ({"penalties": ()}, ValueError)]:
+    for options, error in [({"level": 90.0}, ValueError), ({"layer": 5}, KeyError), ({"groups": "topic"}, KeyError), ({"penalties": ()}, ValueError)]:
         with pytest.raises(error):
             fitted(acts, **options)
     with pytest.raises(ValueError, match="no portable features 'pca'"):

@@ -195,22 +195,6 @@ def test_residuals_are_out_of_fold_in_test_and_in_training_rows():
             np.testing.assert_allclose(left[f, test], (y[test] - scikit.predicted(x, y, train, test, chosen[f])[0])[:, 0], atol=1e-8)
 
 
-def test_stacked_gain_is_the_fall_of_the_pooled_error():
-    x, y = table(8, 40, 20, 1)
-    y = y[:, 0]
-    text = np.random.default_rng(1).standard_normal((40, 2))
-    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
-    left = ridge.residuals(fixed(text), y, folds, PENALTIES)
-    gain, fall = ridge.stacked_gain(fixed(x), left, np.arange(40)[None], y, folds, PENALTIES)
-    first, stacked = np.empty(40), np.empty(40)
-    second, _ = scikit.nested(x, left.T, folds, PENALTIES)
-    for f, fold in enumerate(folds):
-        first[fold.test] = y[fold.test] - left[f, fold.test]
-        stacked[fold.test] = first[fold.test] + second[fold.test, f]
-    assert gain[0] == pytest.approx(r2_score(y, stacked) - r2_score(y, first), abs=1e-8)
-    assert fall.sum() / np.square(y - y.mean()).sum() == pytest.approx(gain[0])
-
-
 def test_scaling():
     x = np.random.default_rng(0).standard_normal((30, 5)) * [1, 10, 100, 0, 3] + 5
     train = np.arange(20)

@@ -151,21 +151,23 @@ def norms_table(
 def overlap_table(before: Activations, before_training: Mapping[str, Activations], k: int, n_draws: int, seed: int) -> pd.DataFrame:
     """Training against questions, and each against itself in random halves (control and ceiling), all at one n: overlap depends on n strongly.
 
-    n is half of the smaller set; the estimate takes every second prompt of each. Where there are several domains the null "covariance" asks
+    n is half of the smaller set; the estimate takes every second prompt of each, its interval halves of whole categories of the questions (and of
+    the training prompts that have any). Where there are several domains the null "covariance" asks
     whether questions have more in common with a domain's training prompts than the training prompts of the others do.
     """
     parts = []
     for domain, training in before_training.items():
         n = min(before.n_prompts, training.n_prompts) // 2
         sides = _every_second(training, n), _every_second(before, n)
-        main = overlap(*sides, k, n_draws=n_draws, seed=seed)
+        clusters = _category(sides[0]), _category(sides[1])
+        main = overlap(*sides, k, n_draws=n_draws, seed=seed, clusters=clusters)
         told = main.attrs["null"]
         parts.append(main.assign(comparison="training v questions", domain=domain))
         others = [acts for name, acts in before_training.items() if name != domain]
         if others:
             values = np.concatenate([acts.values for acts in others])
             reference = Activations.from_array(values, layers=before.layers, site=before.site, position=before.position)
-            beside = overlap(*sides, k, ["covariance"], min(n_draws, COVARIANCE_DRAWS), seed=seed, reference=reference)
+            beside = overlap(*sides, k, ["covariance"], min(n_draws, COVARIANCE_DRAWS), seed=seed, reference=reference, clusters=clusters)
             told = {**told, "covariance": f"{beside.attrs['null']['covariance']}; reference: the training prompts of the other domains"}
             parts.append(beside.assign(comparison="training v questions", domain=domain))
         for name, acts in (("questions v questions", before), ("training v training", training)):
@@ -341,6 +343,11 @@ def direction_table(
 def _across(after: Mapping[str, Activations], four: tuple[Cell, Cell, Cell, Cell], settings: Mapping[str, Any]) -> pd.DataFrame:
     fit_a, fit_b, a, b = (after[cell.label] for cell in four)
     return transferred_separation(fit_a, fit_b, a, b, **settings)
+
+
+def _category(acts: Activations) -> str | None:
+    """The column of categories, where the prompts have several."""
+    return "category" if "category" in acts.facts.columns and acts.facts["category"].nunique(dropna=False) > 1 else None
 
 
 def _every_second(acts: Activations, n: int) -> Activations:

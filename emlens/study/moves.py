@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 TEXTS, NEW_TOKENS = 4, 8
 """Neutral texts on which damage is read, and tokens of the answers whose fluency is."""
 
-DRAWS = 200
-"""Random directions beside a projection; they cost no pass of the model."""
+DRAWS = 1000
+"""Random directions beside a projection; they cost no pass of the model. With 200, the least p was .01, and 24 of a run's 120 rows (four traits, 30
+layers) had to be there before q could be below .05; now five."""
 
 SITE = "resid_post"
 NULL = "random directions"
@@ -60,15 +61,17 @@ def traits_table(shifts: Mapping[str, Activations], directions: Mapping[str, Dir
     if not directions:
         return pd.DataFrame(columns=["run", "persona", "layer", *stats.COLUMNS])
     like = next(iter(directions.values()))
-    drawn = np.stack([d.vectors for d in random_directions(like, DRAWS, seed, before)])  # draws, layer, d_model
+    means = {run: dict(zip(shift.layers, shift.values.mean(axis=0, dtype=np.float64), strict=True)) for run, shift in shifts.items()}
+    random: dict[tuple[str, int], np.ndarray] = {}
+    for i in like.layers:  # one layer at a time: the same mixtures at all of them, and DRAWS vectors in memory
+        here = Direction(like.layer(i)[None], (i,), like.site, like.name)
+        drawn = np.stack([d.layer(i) for d in random_directions(here, DRAWS, seed, before)])  # draws, d_model
+        random |= {(run, i): drawn @ mean[i] for run, mean in means.items() if i in mean}
     rows: list[dict[str, Any]] = []
     for run, shift in shifts.items():
-        layers = [i for i in shift.layers if i in like.layers]
-        mean = shift.select(layers=layers).values.mean(axis=0, dtype=np.float64)
-        random = np.einsum("nld,ld->nl", drawn[:, [like.layers.index(i) for i in layers]], mean)
         table = finetuning_shift(shift, directions, clusters="category", seed=seed)
         for row in table.rename(columns={"direction": "persona"}).to_dict("records"):
-            others = random[:, layers.index(row["layer"])]
+            others = random[run, row["layer"]]
             low, high = stats.null_band(others)
             p = stats.permutation_p(row["estimate"], others, "two-sided")
             rows.append({**row, "run": run, "null": NULL, "null_low": low, "null_high": high, "p": p})

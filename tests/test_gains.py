@@ -1,0 +1,47 @@
+"""Guards what activations add to text: the gain is the fall of the pooled error, by scikit-learn's own fits, and the text is taken out of fold."""
+
+import numpy as np
+import pytest
+import scikit
+from sklearn.metrics import r2_score
+
+from emlens import gains
+from emlens.baselines import Block
+from emlens.folds import make_folds
+from emlens.learners import learner
+from emlens.ridge import fixed, residuals
+
+PENALTIES = (1.0, 30.0, 1000.0)
+GROUPS = np.repeat(np.arange(5), 8)
+
+
+def table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    x, text = rng.standard_normal((40, 20)), rng.standard_normal((40, 2))
+    return x, text, x[:, 0] + text[:, 0] + 0.5 * rng.standard_normal(40)
+
+
+def test_the_gain_is_the_fall_of_the_pooled_error():
+    x, text, y = table()
+    folds = make_folds(40, GROUPS).every
+    left = residuals(fixed(text), y, folds, PENALTIES)
+    gain, fall = gains.gain(Block("x", fixed(x), "each", ""), learner("ridge", PENALTIES), left, np.arange(40)[None], y, folds)
+    first, stacked = np.empty(40), np.empty(40)
+    second, _ = scikit.nested(x, left.T, folds, PENALTIES)
+    for f, fold in enumerate(folds):
+        first[fold.test] = y[fold.test] - left[f, fold.test]
+        stacked[fold.test] = first[fold.test] + second[fold.test, f]
+    assert gain[0] == pytest.approx(r2_score(y, stacked) - r2_score(y, first), abs=1e-8) and gain[0] > 0.1
+    assert fall.sum() / np.square(y - y.mean()).sum() == pytest.approx(gain[0])
+
+
+def test_what_lies_beyond_text_is_left_and_what_text_holds_is_not():
+    x, text, _ = table()
+    folds = make_folds(40, GROUPS).every
+    block = Block("text", fixed(text), "each", "")
+    held = text @ np.random.default_rng(2).standard_normal((2, 6))
+    rest = gains.beyond_text(np.hstack([x, held]), [block], folds, PENALTIES)
+    size = np.square(rest).sum(axis=0) / np.square(np.hstack([x, held])).sum(axis=0)
+    assert size[-6:].max() < 0.05 and size[:20].min() > 0.6
+    oracle = np.hstack([x, held]) - scikit.nested(np.asarray(text), np.hstack([x, held]), folds, PENALTIES)[0]
+    np.testing.assert_allclose(rest, oracle, atol=1e-8)
