@@ -89,9 +89,7 @@ def personas_steered() -> pd.DataFrame:
     print(table[["persona", "estimate", "low", "high", "null_low", "null_high", "p", "q", "n"]].round(3).to_string(index=False))
     for row in table.to_dict("records"):
         beyond = row["q"] < 0.05 and row["estimate"] < row["null_low"]
-        print(
-            f"{row['persona']}: {'lowers the margin beyond random directions' if beyond else 'no evidence that it lowers it beyond random directions'}"
-        )
+        print(f"{row['persona']}: {'lowers the margin' if beyond else 'no evidence that it lowers it'} beyond random directions")
     return table
 
 

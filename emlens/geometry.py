@@ -88,7 +88,8 @@ def overlap(
               is to be expected at this number of prompts (and of clusters): neither where the overlap of one other sample
               would fall (it is too narrow for that) nor what infinitely many prompts would give. The same ids on both
               sides are halved alike. NaN when a half spans fewer than k directions. Without `clusters`, prompts are
-              taken as independent: where they come in topics the interval is too narrow.
+              taken as independent: where they come in topics the interval is too narrow (two samples as under "labels": a nominal
+              95 % covered 0.81 to 0.93 without, 0.89 to 0.95 with `clusters`, t of as many degrees of freedom as topics less one).
     clusters  a column of the facts that says which prompts go together (category), or one of a and one of b, None where each
               prompt is its own. Halves are then of whole groups (those of the ceilings too: m is what the smallest holds), and
               "labels" deals out whole groups, sizes kept as near as they can be; groups that both sides hold are kept, and

@@ -119,7 +119,8 @@ def test_prompt_length_is_what_turns_mean_pooling_negative(ran: dict[str, Any]) 
 
 def test_the_one_line_baseline_does_better_everywhere(ran: dict[str, Any]) -> None:
     table = ran["controls"].query("metric == 'overlap minus baseline'")
-    assert len(table) == 12 and (table["estimate"] < 0).all() and (table["q"] < 0.05).all()
+    assert len(table) == 12 and (table["estimate"] < 0).all() and (table["high"] < 0).sum() >= 10
+    assert table["p"].between(0.02, 0.5).all() and set(table["n_clusters"]) == {8, 43}  # of whole categories: Williams' would be 1e-5 and less
     random = estimates(ran["controls"], "overlap minus random subspace", "last", "equal correlations")
     assert random == pytest.approx(np.subtract(LAST, RANDOM_LAST), abs=0.0012)
 

@@ -368,6 +368,9 @@ def test_halves_of_whole_topics_make_a_wider_interval_and_a_lower_ceiling_where_
     wide, narrow = (geometry.overlap(none, flat, 3, (), clusters=clusters) for clusters in (("topic", None), None))
     assert (wide["high"] - wide["low"]).mean() == pytest.approx((narrow["high"] - narrow["low"]).mean(), rel=0.25)
     assert "topic of a, single prompts of b" in wide.attrs["interval"]
+    two = [geometry.overlap(a[:12], b[:12], 3, (), clusters=clusters) for clusters in ("topic", None)]
+    assert (two[0]["high"] - two[0]["low"]).mean() > 0.8, "two topics a side: one degree of freedom"
+    assert (two[1]["high"] - two[1]["low"]).mean() < 0.7
     uneven = geometry.overlap(a[:33], b[:41], 3, ("questions",), ceiling=True, clusters="topic")
     assert uneven.query("metric == 'ceiling'")["n"].between(10, 16).all()
 

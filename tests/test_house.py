@@ -140,7 +140,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convergence": {"models", "activations", "directions", "prompts", "stats", "steering"},
     "coherence": {"models", "patching", "prompts"},
     "steering": {"models", "activations", "coherence", "directions", "stats", "prompts"},
-    "personas": {"models", "activations", "correlations", "directions", "positions", "prompts", "stats"},
+    "personas": {"_sides", "models", "activations", "correlations", "directions", "positions", "prompts", "stats"},
     "screening": {"models", "directions", "positions", "prompts", "stats", "store"},
     "dynamics": {"models", "tuning"},  # reads the noun that tuning makes, a Run
     "study": {*ARRAYS - BELOW_STUDY, "coherence", "loading", "personas", "models", "tuning", "steering", "dynamics", "laws", "report", ""},

@@ -105,7 +105,8 @@ def test_whole_groups_are_dealt_out_and_split_and_none_is_torn():
     assert {len(half) for pair in nulls.halves(15, 30, 0, groups=uneven) for half in pair} == {3}
     assert [len(half) for half in nulls.halves(24, 1, 3, 7, groups)[0]] == [7, 7]
     dealt = {len(one) for one, _ in nulls.dealt_out(5, 10, 50, 0, groups=np.repeat([0, 1, 2], [3, 2, 10]))}
-    assert 5 in dealt and dealt <= {2, 3, 5, 10}, "never nothing, and the sizes that were, too"
+    assert 5 in dealt and dealt <= {2, 3, 5, 10}, "the sizes that were, too"
+    assert {len(one) for one, _ in nulls.dealt_out(2, 13, 50, 0, groups=np.repeat([0, 1, 2], [2, 3, 10]))} == {2, 3}, "never nothing"
     with pytest.raises(ValueError, match="all rows are of one group"):
         nulls.halves(5, 2, 0, groups=np.zeros(5, dtype=int))
 
