@@ -227,10 +227,14 @@ def stacked(block: Block, left: np.ndarray, folds: Sequence[Fold], orders: np.nd
     return out_of_fold(moved, folds) - nested_ridge(block.features, moved, folds, scaling=block.scaling).predictions
 
 
-def primary_gain(block: Block, text: Block, left: np.ndarray, y: np.ndarray, folds: Sequence[Fold], codes: np.ndarray) -> list[dict[str, Any]]:
-    """Both gains over the baseline of a stack with what the block holds beyond all baselines; rows of that permuted inside categories, target and
-    baseline held together. (Rows of the block itself hold the text too: permuting them, as in a first run, passes too often; nothing passed.)"""
-    block = replace(block, features=fixed(beyond_text(block.features(np.arange(len(y))), [text], folds)))
+def beyond(block: Block, text: Block, n: int, folds: Sequence[Fold]) -> Block:
+    """What a block holds beyond all baselines. (Rows of the block itself hold the text too: permuting them, as in a first run, passes too often;
+    nothing had passed even so.)"""
+    return replace(block, features=fixed(beyond_text(block.features(np.arange(n)), [text], folds)))
+
+
+def primary_gain(block: Block, left: np.ndarray, y: np.ndarray, folds: Sequence[Fold], codes: np.ndarray) -> list[dict[str, Any]]:
+    """Both gains of the stack over its baseline; the block's rows permuted inside categories, target and baseline held together."""
     orders = np.concatenate([np.arange(len(y))[None], stats.permutations(len(y), PERMUTATIONS, SEED, within=codes)])
     error, before, moved = stacked(block, left, folds, orders), out_of_fold(left, folds)[orders].T, y[orders].T
     share = (np.square(before) - np.square(error)) / y.var()
@@ -279,7 +283,8 @@ for name in (NETWORK, TWIN):
         errors = {rung: out_of_fold(left_by([block], y, folds).residuals, folds) for rung, block in blocks.items()}
         chosen = left_by(list(blocks.values()), y, folds)
         errors["chosen in inner folds"] = out_of_fold(chosen.residuals, folds)
-        stacks = {rung: stacked(block, best.residuals, folds, np.arange(len(y))[None])[:, 0] for rung, block in blocks.items()}
+        more = {rung: beyond(block, every[-1], len(y), folds) for rung, block in blocks.items()}
+        stacks = {rung: stacked(block, best.residuals, folds, np.arange(len(y))[None])[:, 0] for rung, block in more.items()}
         adaptive = np.empty(len(y))
         for fold, rung in zip(folds, chosen.chosen, strict=True):
             adaptive[fold.test] = stacks[rung][fold.test]
@@ -288,9 +293,7 @@ for name in (NETWORK, TWIN):
         for rung, error in {BASELINE: base, **errors}.items():
             rows += [keys | {"rung": rung, **row} for row in scored(y, error, codes)]
         rows += [keys | row for row in over_baseline({rung: e for rung, e in errors.items() if rung != PRIMARY}, base, y, codes)]
-        rows += [
-            keys | {"rung": PRIMARY, **row} for row in primary_gain(blocks["all layers, both positions"], every[-1], best.residuals, y, folds, codes)
-        ]
+        rows += [keys | {"rung": PRIMARY, **row} for row in primary_gain(more["all layers, both positions"], best.residuals, y, folds, codes)]
         for rung, chosen_of in ((BASELINE, best.chosen), ("chosen in inner folds", chosen.chosen)):
             picked += [keys | {"rung": rung, "chosen": one, "folds": count} for one, count in Counter(chosen_of).items()]
 

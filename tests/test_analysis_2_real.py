@@ -117,7 +117,7 @@ def test_a_gain_is_found_where_it_was_planted_and_not_elsewhere(transfer: dict[s
     codes = np.repeat(np.arange(8), 12)
     folds = make_folds(96, codes).rounds[0]
     blocks = [Block(name, fixed(x), "each", "") for name, x in (("good", good), ("bad", bad))]
-    rows = transfer["added"](blocks, left_by(blocks[1:], y, folds).residuals, y, folds, codes, 99)
+    rows = transfer["added"](blocks, blocks[1], left_by(blocks[1:], y, folds).residuals, y, folds, codes, 99)
     assert rows["estimate"].iloc[0] > 0.7 and rows["q"].iloc[0] == 0.01 and rows["low"].iloc[0] > 0
     assert abs(rows["estimate"].iloc[1]) < 0.1 and rows["q"].iloc[1] > 0.1
 
