@@ -51,8 +51,8 @@ from emlens import baselines, features, plots, stats
 from emlens.baselines import Baseline, Block
 from emlens.features import SEVERAL, FeatureSet
 from emlens.folds import make_folds
-from emlens.gains import beyond_text, left_by
-from emlens.ridge import Features, Fold, fixed, nested_ridge, per_group, spearman
+from emlens.gains import beyond_text, left_by, out_of_fold
+from emlens.ridge import Fold, fixed, nested_ridge, per_group, spearman
 from emlens.study.analyse import margin_before_bent
 
 SEED, PERMUTATIONS, ALPHA = 0, 1000, 0.05
@@ -125,17 +125,6 @@ if not targets:
 
 
 # %%
-def remembered(one: FeatureSet, acts: em.Activations) -> FeatureSet:
-    """The same features, made once for each set of training rows."""
-
-    def remember(make: Features) -> Features:
-        kept = cache(lambda train: make(np.frombuffer(train, dtype=np.int64)))
-        return lambda train: kept(np.asarray(train, dtype=np.int64).tobytes())
-
-    blocks = [(layer, replace(block, features=remember(block.features))) for layer, block in one.blocks(acts)]
-    return replace(one, of=lambda acts: blocks)
-
-
 def together(one: FeatureSet, layers: list[int] | None = None) -> FeatureSet:
     """The blocks of some layers (default: all) as one."""
 
@@ -152,23 +141,10 @@ def both_positions(last: em.Activations, mean: em.Activations) -> em.Activations
     return em.Activations.from_array(values, facts=last.facts)
 
 
-def out_of_fold(left: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
-    """What a model leaves where it is tested, of [fold, prompt] as `left_by` gives it, or [fold, prompt, draw]."""
-    error = np.empty(left.shape[1:])
-    for part, fold in zip(left, folds, strict=True):
-        error[fold.test] = part[fold.test]
-    return error
-
-
-def one_block(baseline: Baseline, acts: em.Activations, target: str) -> FeatureSet:
-    block = baselines.block(baseline, acts.facts, "category", target)
-    return FeatureSet(block.name, block.note, lambda acts: [(SEVERAL, block)])
-
-
 @cache
 def network(name: str) -> em.HookedModel:
     model = em.load_model("smollm2-135m-instruct")
-    return model if name == NETWORK else em.models.random_twin(model, SEED)
+    return model if name == NETWORK else em.random_twin(model, SEED)
 
 
 @cache
@@ -196,7 +172,7 @@ def rungs_of(name: str, target: Target) -> tuple[em.Activations, dict[str, Featu
         "training overlap": overlap,
         "all layers, personas, anchors, overlap": features.joined_sets(joined, personas, alike, overlap),
     }
-    return last, {rung: remembered(each, last) for rung, each in rungs.items()}
+    return last, {rung: each.remembered(last) for rung, each in rungs.items()}
 
 
 # %% [markdown]
@@ -274,7 +250,7 @@ for name in (NETWORK, TWIN):
         acts, rungs = rungs_of(name, target)
         y, codes = acts.facts[target_name].to_numpy(), pd.factorize(acts.facts["category"])[0]
         folds = make_folds(len(y), codes, seed=SEED).rounds[0]
-        sets = [remembered(one_block(each, acts, target_name), acts) for each in (*TEXT, *target.to_beat)]
+        sets = [features.of_block(baselines.block(each, acts.facts, "category", target_name)).remembered(acts) for each in (*TEXT, *target.to_beat)]
         sets.append(replace(features.joined_sets(*sets), name="side by side"))
         every = [one.blocks(acts)[0][1] for one in sets]
         best = left_by(every, y, folds)

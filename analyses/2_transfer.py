@@ -48,7 +48,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -61,11 +60,10 @@ from threadpoolctl import threadpool_limits
 import emlens as em
 from emlens import baselines, features, plots, stats
 from emlens.baselines import Baseline, Block
-from emlens.features import FeatureSet
 from emlens.folds import make_folds
-from emlens.gains import beyond_text, gain, left_by
+from emlens.gains import beyond_text, gain, left_by, out_of_fold
 from emlens.learners import learner
-from emlens.ridge import Features, Fold, fixed, per_group, spearman
+from emlens.ridge import Fold, fixed, per_group, spearman
 from emlens.study.analyse import margin_before_bent
 
 SEED, TWINS = 0, 3
@@ -110,7 +108,7 @@ def networks() -> Iterator[tuple[str, em.HookedModel]]:
         model = opened()
         yield name, model
         for seed in range(TWINS):
-            yield f"random twin {seed} of {name}", em.models.random_twin(model, seed)
+            yield f"random twin {seed} of {name}", em.random_twin(model, seed)
     yield PLAIN, em.load_model("smollm2-135m-instruct", chat_template="plain")
 
 
@@ -200,30 +198,6 @@ print(known.round(3).to_string(index=False))
 
 
 # %%
-def one_block(baseline: Baseline, acts: em.Activations, target: str) -> FeatureSet:
-    block = baselines.block(baseline, acts.facts, "category", target)
-    return FeatureSet(block.name, block.note, lambda acts: [(features.SEVERAL, block)])
-
-
-def remembered(one: FeatureSet, acts: em.Activations) -> FeatureSet:
-    """The same features, made once for each set of training rows: several targets and many draws ask for them."""
-    blocks = [(layer, replace(block, features=_remember(block.features))) for layer, block in one.blocks(acts)]
-    return replace(one, of=lambda acts: blocks)
-
-
-def _remember(make: Features) -> Features:
-    kept = cache(lambda train: make(np.frombuffer(train, dtype=np.int64)))
-    return lambda train: kept(np.asarray(train, dtype=np.int64).tobytes())
-
-
-def out_of_fold(left: np.ndarray, folds: Sequence[Fold]) -> np.ndarray:
-    """What a model leaves of each prompt where it is tested, of [fold, prompt] as `left_by` gives it."""
-    error = np.empty(left.shape[1])
-    for part, fold in zip(left, folds, strict=True):
-        error[fold.test] = part[fold.test]
-    return error
-
-
 def inside(y: np.ndarray, error: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Rank correlation of target and prediction inside each category."""
     return per_group(spearman, y[:, None], (y - error)[:, None], codes)[:, 0]
@@ -265,7 +239,7 @@ for name, asked in asked_of.items():
         for target in asked.targets:
             y = first.facts[target].to_numpy()
             to_beat = [*TEXT, *(asked.to_beat if target != BEFORE else ())]
-            sets = [remembered(one_block(each, first, target), first) for each in to_beat]
+            sets = [features.of_block(baselines.block(each, first.facts, "category", target)).remembered(first) for each in to_beat]
             sets.append(replace(features.joined_sets(*sets), name="side by side"))
             every = [one.blocks(first)[0][1] for one in sets]
             best = left_by(every, y, folds)
@@ -278,7 +252,7 @@ for name, asked in asked_of.items():
             rows.append(found[found["features"] != first.site].assign(questions=name, split=split, target=target, position="", network=""))
         for network, position in itertools.product(EVERY, POSITIONS):
             acts = recorded[name, network, position].with_facts(asked.facts)
-            together = remembered(features.joined(), acts)
+            together = features.joined().remembered(acts)
             n_draws = PERMUTATIONS if network in REAL else FEW_PERMUTATIONS
             for target in asked.targets:
                 keys = {"questions": name, "split": split, "target": target, "position": position, "network": network}

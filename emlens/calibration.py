@@ -18,7 +18,7 @@ from .activations import Activations
 from .folds import make_folds
 from .gains import fallen
 from .geometry import overlap
-from .ridge import SAME, Fold, fixed, nested_ridge, predict_from, r2, residuals, spectrum
+from .ridge import SAME, Fold, fixed, nested_ridge, r2, residuals
 from .shuffles import NULLS as NULLS_OF_TARGET
 
 WORLDS: dict[str, tuple[str, float | None]] = {
@@ -199,22 +199,10 @@ def prediction_p(
             rest = [0.0 if "left in" in scheme else nested_ridge(fixed(text), layer, grouped, penalties).predictions for layer in layers]
             found[scheme] = [_gains(layer - told, moved, grouped, penalties) / total for layer, told in zip(layers, rest, strict=True)]
     if SCHEMES[-1] in schemes:
-        left = _left_of_each(text, y[orders].T, grouped, penalties)
+        left = residuals(fixed(text), y[orders].T, grouped, penalties)
         found[SCHEMES[-1]] = [_gains(layer, left, grouped, penalties) / total for layer in layers]
     values = {scheme: np.round(np.stack(found[scheme], axis=1) / SAME) * SAME for scheme in schemes}
     return {scheme: float(stats.max_statistic_p(each[0], each[1:]).min()) for scheme, each in values.items()}
-
-
-def _left_of_each(
-    text: Float[np.ndarray, "prompt feature"], targets: Float[np.ndarray, "prompt target"], folds: Sequence[Fold], penalties: Sequence[float]
-) -> Float[np.ndarray, "fold prompt target"]:
-    """`ridge.residuals` of many targets."""
-    first = nested_ridge(fixed(text), targets, folds, penalties)
-    left = np.tile(targets - first.predictions, (len(folds), 1, 1))
-    for of_fold, fold, chosen in zip(left, folds, first.penalties, strict=True):
-        for train, test in fold.inner:
-            of_fold[test] = targets[test] - predict_from(spectrum(text, train, test), targets[train], chosen)
-    return left
 
 
 def _gains(

@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from . import stats
 from .resampling import bootstrap_weights, expanded_interval
-from .stats import _weighted_pearson, _weighted_ranks
+from .stats import weighted_pearson, weighted_ranks
 
 Values = Float[np.ndarray, " n"]
 Weights = Float[np.ndarray, "draws n"]
@@ -58,7 +58,7 @@ def rank_biserial(pair: Pair, weights: Weights) -> Draws:
     0 where none did."""
     change = pair.after - pair.before
     moved = weights * (change != 0)
-    ranks = moved * (_weighted_ranks(np.abs(change), moved) + 0.5)
+    ranks = moved * (weighted_ranks(np.abs(change), moved) + 0.5)
     total = ranks.sum(axis=1)
     return np.divide(ranks @ np.sign(change), total, out=np.zeros(len(total)), where=total > 0)
 
@@ -66,8 +66,8 @@ def rank_biserial(pair: Pair, weights: Weights) -> Draws:
 def cliffs_delta(pair: Pair, weights: Weights) -> Draws:
     """P(after > before) - P(after < before) for two rows drawn independently (Cliff 1993): the rank-biserial correlation of unpaired values."""
     n, total = len(pair.after), weights.sum(axis=1)
-    pooled = _weighted_ranks(np.concatenate([pair.before, pair.after]), np.concatenate([weights, weights], axis=1))[:, n:]
-    below = (weights * (pooled - _weighted_ranks(pair.after, weights))).sum(axis=1)
+    pooled = weighted_ranks(np.concatenate([pair.before, pair.after]), np.concatenate([weights, weights], axis=1))[:, n:]
+    below = (weights * (pooled - weighted_ranks(pair.after, weights))).sum(axis=1)
     return 2 * below / total**2 - 1
 
 
@@ -86,12 +86,12 @@ def ks_distance(pair: Pair, weights: Weights) -> Draws:
 
 def pearson_r(pair: Pair, weights: Weights) -> Draws:
     """Pearson correlation of before and after over rows."""
-    return _weighted_pearson(pair.before[None], pair.after[None], weights)
+    return weighted_pearson(pair.before[None], pair.after[None], weights)
 
 
 def spearman_r(pair: Pair, weights: Weights) -> Draws:
     """Rank correlation of before and after over rows."""
-    return _weighted_pearson(_weighted_ranks(pair.before, weights), _weighted_ranks(pair.after, weights), weights)
+    return weighted_pearson(weighted_ranks(pair.before, weights), weighted_ranks(pair.after, weights), weights)
 
 
 def slope(pair: Pair, weights: Weights) -> Draws:

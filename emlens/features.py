@@ -50,8 +50,18 @@ class FeatureSet:
         """The same features under another name, blocks too: to tell two of a kind apart."""
         return FeatureSet(name, self.note, lambda acts: [(layer, replace(one, name=name)) for layer, one in self.of(acts)])
 
+    def remembered(self, acts: Activations) -> "FeatureSet":
+        """The same features of these activations, each made once for every set of training rows: for several targets, or many calls."""
+        kept = [(layer, replace(one, features=_remembered(one.features))) for layer, one in self.of(acts)]
+        return replace(self, of=lambda acts: kept)
+
 
 # ---- the feature sets
+
+
+def of_block(one: Block) -> FeatureSet:
+    """A single block, a baseline's say, as a feature set of several layers."""
+    return FeatureSet(one.name, one.note, lambda acts: [(SEVERAL, one)])
 
 
 def raw() -> FeatureSet:
@@ -316,6 +326,11 @@ def _once(make: Callable[[], Float[np.ndarray, "prompt feature"]]) -> Features:
     """A block that needs no fitting, computed when it is first asked for."""
     kept = cache(make)
     return lambda train: kept()
+
+
+def _remembered(make: Features) -> Features:
+    kept = cache(lambda train: make(np.frombuffer(train, dtype=np.int64)))
+    return lambda train: kept(np.asarray(train, dtype=np.int64).tobytes())
 
 
 def _there(source: Activations, acts: Activations) -> Activations:

@@ -51,6 +51,14 @@ def left_by(texts: Sequence[Block], y: Float[np.ndarray, " prompt"], folds: Sequ
     return Left(every[best, np.arange(len(folds))], tuple(texts[b].name for b in best))
 
 
+def out_of_fold(left: Float[np.ndarray, "fold prompt *draws"], folds: Sequence[Fold]) -> Float[np.ndarray, " prompt *draws"]:
+    """What a model leaves of each prompt in the fold that tests it."""
+    error = np.empty(left.shape[1:])
+    for part, fold in zip(left, folds, strict=True):
+        error[fold.test] = part[fold.test]
+    return error
+
+
 def beyond_text(
     features: Float[np.ndarray, "prompt feature"], texts: Sequence[Block], folds: Sequence[Fold], penalties: Sequence[float] = PENALTIES
 ) -> Float[np.ndarray, "prompt feature"]:
@@ -113,7 +121,7 @@ class Added(NamedTuple):
         if codes is None or any(len(np.unique(codes[fold.train])) < 2 for folds in rounds for fold in folds):
             raise ValueError("delta_r2 needs folds that train on two groups or more (its null must leave inner folds whole): use 3 groups")
         every = [left_by(blocks, y, folds, penalties) for folds in rounds]
-        errors = [np.square(one.residuals[f, fold.test]).sum() for one, folds in zip(every, rounds, strict=True) for f, fold in enumerate(folds)]
+        errors = [np.square(out_of_fold(one.residuals, folds)).sum() for one, folds in zip(every, rounds, strict=True)]
         r2 = 1 - float(np.sum(errors)) / len(rounds) / float(np.square(y - y.mean()).sum())
         orders = np.concatenate([np.arange(len(y))[None], stats.permutations(len(y), n_permutations, asked.seed, within=codes)])
         chosen = Counter(one_of for one in every for one_of in one.chosen)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy.special import xlogy
 from sklearn.linear_model import LogisticRegression, lasso_path
 
-from .ridge import PENALTIES, Features, Fold, Nested, nested_ridge, scale
+from .ridge import PENALTIES, Features, Fold, Nested, nested_ridge, penalty_grid, scale
 
 LASSO_PENALTIES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 """As scikit-learn's Lasso(alpha=); the paper's grid."""
@@ -242,10 +242,7 @@ def learner(given: str | Learner, penalties: Sequence[float] | None = None) -> L
 
 
 def _positive(penalties: Sequence[float]) -> tuple[float, ...]:
-    grid = np.asarray(penalties, dtype=np.float64)
-    if grid.ndim != 1 or not grid.size or not (np.isfinite(grid) & (grid > 0)).all():
-        raise ValueError(f"penalties are {list(penalties)}; needed are one or more positive numbers")
-    return tuple(float(a) for a in grid)
+    return tuple(float(a) for a in penalty_grid(penalties))
 
 
 def _chosen(grid: Sequence[float], measure: str = "mean squared error") -> str:

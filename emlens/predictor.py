@@ -200,17 +200,10 @@ _PLAIN = (
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor:
     """Read what `Predictor.save` wrote. FileNotFoundError; ValueError for a damaged file or one that is no predictor."""
-    from safetensors import SafetensorError, safe_open
-
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(f"there is no file {target}: save a predictor there first, or give the path of one")
-    try:
-        with safe_open(target, framework="numpy") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{target} is damaged or not a safetensors file ({error}): write it again") from error
+    header, tensors = store.whole(target)
     if header.get("format") != FORMAT:
         raise ValueError(f"{target} is no predictor of ours (format {header.get('format')!r}, needed {FORMAT!r}): fit one and save it")
     if _digest(tensors, header["predictor"]) != header.get("sha256"):

@@ -10,8 +10,6 @@ its rounding; the few that the bound leaves in doubt choose again in float64, an
 Arrays in, arrays out; nothing of emlens is imported.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -145,9 +143,7 @@ def nested_ridge(
 
     Errors: ValueError for penalties that are not positive or folds without inner folds.
     """
-    grid = np.asarray(penalties, dtype=np.float64)
-    if grid.ndim != 1 or not grid.size or not (np.isfinite(grid) & (grid > 0)).all():
-        raise ValueError(f"penalties are {list(penalties)}; needed are one or more positive numbers")
+    grid = penalty_grid(penalties)
     if any(not fold.inner for fold in folds):
         raise ValueError("a fold has no inner folds: the penalty cannot be chosen without looking at the test rows")
     targets = np.ascontiguousarray(targets, dtype=np.float64)
@@ -159,26 +155,35 @@ def nested_ridge(
     return Nested(predictions, chosen)
 
 
+def penalty_grid(penalties: Sequence[float]) -> Float[np.ndarray, " penalty"]:
+    """Penalties as an array; ValueError unless they are one or more positive numbers."""
+    grid = np.asarray(penalties, dtype=np.float64)
+    if grid.ndim != 1 or not grid.size or not (np.isfinite(grid) & (grid > 0)).all():
+        raise ValueError(f"penalties are {list(penalties)}; needed are one or more positive numbers")
+    return grid
+
+
 def residuals(
     features: Features,
-    target: Float[np.ndarray, " prompt"],
+    target: Float[np.ndarray, " prompt"] | Float[np.ndarray, "prompt target"],
     folds: Sequence[Fold],
     penalties: Sequence[float] = PENALTIES,
     scaling: str = "each",
-) -> Float[np.ndarray, "fold prompt"]:
-    """What a first model leaves for a second one to explain, per outer fold: stacking inside the folds.
+) -> Float[np.ndarray, "fold prompt"] | Float[np.ndarray, "fold prompt target"]:
+    """What a first model leaves of a target (or of each of many) for a second one to explain, per outer fold: stacking inside the folds.
 
     The test rows of a fold get the target minus the nested out-of-fold prediction; its training rows get the target
     minus the prediction of the inner fold that held them out, at the penalty the fold chose. So the second model learns
     from residuals of the kind it meets in the test rows, and never from a test row.
     """
-    first = nested_ridge(features, target[:, None], folds, penalties, scaling)
-    left = np.tile(target - first.predictions[:, 0], (len(folds), 1))
+    targets = target[:, None] if target.ndim == 1 else target
+    first = nested_ridge(features, targets, folds, penalties, scaling)
+    left = np.tile(targets - first.predictions, (len(folds), 1, 1))
     for train, uses in _training_sets(folds):
         _, found, parts = _decomposed(features, train, uses, scaling)
         for f, test, cross in parts:
-            left[f, test] = target[test] - predict_from(found._replace(cross=cross), target[train, None], first.penalties[f])[:, 0]
-    return left
+            left[f, test] = targets[test] - predict_from(found._replace(cross=cross), targets[train], first.penalties[f])
+    return left[..., 0] if target.ndim == 1 else left
 
 
 # ---- the choice of penalties
@@ -291,34 +296,6 @@ def _training_sets(
             sets.setdefault(np.sort(train).astype(np.int64).tobytes(), []).append((f, test))
     for key, uses in sets.items():
         yield np.frombuffer(key, dtype=np.int64), uses
-
-
-def group_blocks(codes: Int[np.ndarray, " prompt"], n: int, n_draws: int, seed: int) -> Int[np.ndarray, "draws prompt"]:
-    """Whole groups change places among groups of equal size, rows inside in their order of appearance.
-
-    All arrangements but the identity, when they are at most `n_draws` or 6! = 720 (with the observed one counted in, p
-    is then exact: 1/G! at least); else `n_draws` random ones. ValueError when no two groups are of one size.
-    """
-    members = [np.flatnonzero(codes == g) for g in range(int(codes.max()) + 1)]
-    sizes = np.array([len(m) for m in members])
-    classes = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
-    arrangements = math.prod(math.factorial(len(c)) for c in classes)
-    if arrangements == 1:
-        raise ValueError(
-            f"no two of the {len(members)} groups are of one size ({sizes.tolist()}), so whole groups cannot change "
-            "places: use nulls=('within_groups',), or drop prompts until groups are equal"
-        )
-    if arrangements - 1 <= max(n_draws, math.factorial(6)):
-        every = itertools.product(*(itertools.permutations(c) for c in classes))
-        moves = [np.concatenate(move) for move in every][1:]
-    else:
-        rng = np.random.default_rng(seed)
-        moves = [np.concatenate([rng.permutation(c) for c in classes]) for _ in range(n_draws)]
-    orders = np.tile(np.arange(n), (len(moves), 1))
-    for order, move in zip(orders, moves, strict=True):
-        for old, new in zip(np.concatenate(classes), move, strict=True):
-            order[members[old]] = members[new]
-    return orders
 
 
 # ---- scores: targets and out-of-fold predictions, column by column

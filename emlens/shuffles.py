@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from . import stats
-from .ridge import group_blocks
 
 Codes = Int[np.ndarray, " prompt"]
 Vector = Float[np.ndarray, " prompt"]
@@ -42,11 +41,44 @@ def group_means(y: Vector, codes: Codes, n_draws: int, seed: int) -> Float[np.nd
     """
     sizes = np.bincount(codes)
     means, n_groups = np.bincount(codes, y) / sizes, len(sizes)
-    if math.factorial(n_groups) - 1 <= max(n_draws, math.factorial(6)):
+    if _few(math.factorial(n_groups), n_draws):
         moves = np.array(list(itertools.permutations(range(n_groups))))[1:]
     else:
         moves = stats.permutations(n_groups, n_draws, seed)
     return (y - means[codes] + means[moves][:, codes]).T
+
+
+def group_blocks(codes: Int[np.ndarray, " prompt"], n: int, n_draws: int, seed: int) -> Int[np.ndarray, "draws prompt"]:
+    """Whole groups change places among groups of equal size, rows inside in their order of appearance.
+
+    All arrangements but the identity, when they are at most `n_draws` or 6! = 720 (with the observed one counted in, p
+    is then exact: 1/G! at least); else `n_draws` random ones. ValueError when no two groups are of one size.
+    """
+    members = [np.flatnonzero(codes == g) for g in range(int(codes.max()) + 1)]
+    sizes = np.array([len(m) for m in members])
+    classes = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
+    arrangements = math.prod(math.factorial(len(c)) for c in classes)
+    if arrangements == 1:
+        raise ValueError(
+            f"no two of the {len(members)} groups are of one size ({sizes.tolist()}), so whole groups cannot change "
+            "places: use nulls=('within_groups',), or drop prompts until groups are equal"
+        )
+    if _few(arrangements, n_draws):
+        every = itertools.product(*(itertools.permutations(c) for c in classes))
+        moves = [np.concatenate(move) for move in every][1:]
+    else:
+        rng = np.random.default_rng(seed)
+        moves = [np.concatenate([rng.permutation(c) for c in classes]) for _ in range(n_draws)]
+    orders = np.tile(np.arange(n), (len(moves), 1))
+    for order, move in zip(orders, moves, strict=True):
+        for old, new in zip(np.concatenate(classes), move, strict=True):
+            order[members[old]] = members[new]
+    return orders
+
+
+def _few(arrangements: int, n_draws: int) -> bool:
+    """Whether all arrangements but the identity are gone through: at most `n_draws` of them, or 6! (fewer than 7 groups)."""
+    return arrangements - 1 <= max(n_draws, math.factorial(6))
 
 
 def _ordered(y: Vector, orders: Int[np.ndarray, "draw prompt"]) -> Shuffled:

@@ -308,8 +308,8 @@ def correlation(
     for rows in bootstrap_weights(n, n_boot, rng, codes):
         u, v = left[None], right[None]
         if method == "spearman":
-            u, v = _weighted_ranks(a, rows), _weighted_ranks(b, rows)
-        draws.append(_weighted_pearson(u, v, rows))
+            u, v = weighted_ranks(a, rows), weighted_ranks(b, rows)
+        draws.append(weighted_pearson(u, v, rows))
     p = permutation_p(r, null, "two-sided")
     ends = (*expanded_interval(np.concatenate(draws), n_groups, level), p, *null_band(null, level))
     return {"r": r, **dict(zip(nothing, ends, strict=True)), "n": n, "n_clusters": n_groups}
@@ -320,7 +320,7 @@ def _constant(x: Float[np.ndarray, " n"]) -> bool:
     return bool(np.ptp(x) <= 1e-12 * np.abs(x).max())
 
 
-def _weighted_ranks(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "draws n"]) -> Float[np.ndarray, "draws n"]:
+def weighted_ranks(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "draws n"]) -> Float[np.ndarray, "draws n"]:
     """Mid-ranks of x in samples that hold row i `weights[draw, i]` times."""
     _, inverse = np.unique(x, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
@@ -329,7 +329,7 @@ def _weighted_ranks(x: Float[np.ndarray, " n"], weights: Float[np.ndarray, "draw
     return (np.cumsum(mass, axis=1) - mass / 2)[:, inverse]
 
 
-def _weighted_pearson(
+def weighted_pearson(
     x: Float[np.ndarray, "#draws n"], y: Float[np.ndarray, "#draws n"], weights: Float[np.ndarray, "draws n"]
 ) -> Float[np.ndarray, " draws"]:
     """Pearson correlation in samples that hold row i `weights[draw, i]` times; NaN where a sample is constant."""

@@ -71,7 +71,7 @@ def dose_response(
     arms = {"direction": direction} | {f"{null} {i}": d for null, (_, several) in drawn.items() for i, d in enumerate(several)}
     margins = steered_margins(model, arms, questions, places, doses, adapter=adapter, precision=precision)
     meter = Meter(model, neutral_texts() if texts is None else load_prompts(texts), adapter, new_tokens)
-    damage = _along(model, arms, places, doses, meter.read).assign(category="")
+    damage = along(model, arms, places, doses, meter.read).assign(category="")
     parts = []
     for null, (how, _) in drawn.items():
         of = [frame[frame["direction"].isin(["direction", *[a for a in arms if a.startswith(null)]])] for frame in (margins, damage)]
@@ -161,10 +161,10 @@ def recommend(
     }  # fmt: skip
 
 
-def _along(
+def along(
     model: HookedModel, directions: Mapping[str, Direction], layers: Iterable[int], strengths: Iterable[float], measure: Callable[[], pd.DataFrame]
 ) -> pd.DataFrame:
-    """``measure()`` under every direction, layer and strength: its columns and ``direction, layer, strength``."""
+    """``measure()`` under every direction, layer and strength: its columns and ``direction`` (its name), ``layer, strength``."""
     rows = []
     for layer in layers:
         for strength in strengths:
@@ -198,7 +198,7 @@ def steered_margins(
         now = model.margin(table, adapter=adapter, precision=precision) if model.edits else base
         return pd.DataFrame({"id": now["id"], "category": now.get("category", ""), "margin": now["margin"], "change": now["margin"] - base["margin"]})
 
-    found = _along(model, directions, layers, strengths, measure)
+    found = along(model, directions, layers, strengths, measure)
     return found[["direction", "layer", "strength", "id", "category", "margin", "change"]]
 
 

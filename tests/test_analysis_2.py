@@ -2,23 +2,19 @@
 are compared as they should be."""
 
 import json
-import os
 import re
 import runpy
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from paper import PAPER, ROOT, needs_paper
 from scipy import stats as scipy_stats
 
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT.parent / "shared" / "paper"
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
-pytestmark = pytest.mark.skipif(not PAPER.is_dir() and not IN_CI, reason=f"the paper's tables are not at {PAPER}; with CI=true this fails instead")
+pytestmark = needs_paper
 
 
 @pytest.fixture(scope="module")

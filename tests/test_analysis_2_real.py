@@ -2,7 +2,6 @@
 that compare find what was planted and nothing where nothing was."""
 
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from paper import PAPER, ROOT, needs_paper
 from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut
@@ -22,13 +22,7 @@ from emlens.folds import make_folds
 from emlens.gains import left_by
 from emlens.ridge import PENALTIES, fixed
 
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT.parent / "shared" / "paper"
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PAPER.is_dir() and not IN_CI, reason=f"the paper's tables are not at {PAPER}; with CI=true this fails instead"),
-]
+pytestmark = [pytest.mark.slow, needs_paper]
 
 
 def run(script: str, out: Path, kept: Path, paper: Path = PAPER) -> dict[str, Any]:

@@ -1,21 +1,17 @@
 """Guards the analysis of the paper's part 3: from the published tables come the published numbers, and what does not come is said."""
 
 import json
-import os
 import re
 import runpy
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from paper import PAPER, ROOT, needs_paper
 
-ROOT = Path(__file__).parents[1]
-PAPER = ROOT.parent / "shared" / "paper"
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
-pytestmark = pytest.mark.skipif(not PAPER.is_dir() and not IN_CI, reason=f"the paper's tables are not at {PAPER}; with CI=true this fails instead")
+pytestmark = needs_paper
 
 PLACES = [("last", 32), ("last", 64), ("mean_all", 32), ("mean_all", 64)]
 TUNINGS = ["Qwen finance", "Coder finance", "Coder insecure"]

@@ -293,3 +293,18 @@ def test_one_layer_at_a_time_is_in_memory():
         tracemalloc.stop()
         assert peak < most * one_layer, f"{one.name}: {peak / one_layer:.1f} layers in float64"
     assert acts.values.astype(np.float64).nbytes > 30 * one_layer, "the twin: all layers at once would be seen"
+
+
+def test_remembered_features_are_the_same_and_made_once_for_each_training_set(acts):
+    asked = []
+
+    def make(train):
+        asked.append(len(train))
+        return acts.layer(3)[:, : len(train) % 7 + 1].astype(np.float64)
+
+    plain = features.of_block(features.Block("mine", make, "each", "note"))
+    kept = plain.remembered(acts)
+    assert (kept.name, kept.note) == ("mine", "note") and [layer for layer, _ in kept.blocks(acts)] == [SEVERAL]
+    found = [matrices(kept, acts, train)[SEVERAL] for train in (TRAIN, TRAIN, TRAIN[:-1], TRAIN)]
+    assert asked == [25, 24], "once for each set of training rows, over calls"
+    assert np.array_equal(found[0], matrices(plain, acts)[SEVERAL]) and np.array_equal(found[2], matrices(plain, acts, TRAIN[:-1])[SEVERAL])

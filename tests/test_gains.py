@@ -45,3 +45,13 @@ def test_what_lies_beyond_text_is_left_and_what_text_holds_is_not():
     assert size[-6:].max() < 0.05 and size[:20].min() > 0.6
     oracle = np.hstack([x, held]) - scikit.nested(np.asarray(text), np.hstack([x, held]), folds, PENALTIES)[0]
     np.testing.assert_allclose(rest, oracle, atol=1e-8)
+
+
+def test_out_of_fold_is_what_the_testing_fold_leaves():
+    folds = make_folds(40, GROUPS).every
+    left = np.random.default_rng(3).standard_normal((5, 40, 2))
+    found = gains.out_of_fold(left, folds)
+    for row in range(40):
+        (fold,) = (f for f, one in enumerate(folds) if row in one.test)
+        assert np.array_equal(found[row], left[fold, row])
+    assert np.array_equal(gains.out_of_fold(left[..., 0], folds), found[:, 0])

@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folds": {"ridge"},
     "learners": {"ridge"},
     "scores": {"crossvalidated", "ridge", "stats"},
-    "shuffles": {"ridge", "stats"},
+    "shuffles": {"stats"},
     "gains": {"baselines", "learners", "ridge", "scores", "stats"},
     "refusals": {"folds", "learners", "scores", "shuffles"},
     "prediction": {

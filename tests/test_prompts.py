@@ -1,7 +1,6 @@
 """Guards prompt sets: every format of the field is read, every bad row is refused with its place, and the fingerprint tells sets apart."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from paper import PAPER, needs
 
 from emlens.prompts import BUILT_IN, PromptError, chat_digest, fingerprint, load_prompts, split_response, to_dataset, user_text
 
-FIELD = Path(__file__).parents[2] / "shared" / "paper" / "questions"
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
-needs_field = pytest.mark.skipif(
-    not FIELD.is_dir() and not IN_CI, reason=f"the field's question files are not at {FIELD}; with CI=true this fails instead"
-)
+FIELD = PAPER / "questions"
+needs_field = needs(FIELD, "the field's question files")
 
 
 def user(text: str) -> dict[str, str]:

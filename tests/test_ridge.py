@@ -195,6 +195,15 @@ def test_residuals_are_out_of_fold_in_test_and_in_training_rows():
             np.testing.assert_allclose(left[f, test], (y[test] - scikit.predicted(x, y, train, test, chosen[f])[0])[:, 0], atol=1e-8)
 
 
+def test_residuals_of_many_targets_are_those_of_each():
+    x, y = table(5, 40, 12, 3)
+    folds = leave_one_group_out(np.repeat(np.arange(5), 8))
+    together = ridge.residuals(fixed(x), y, folds, PENALTIES)
+    assert together.shape == (5, 40, 3)
+    for column in range(3):
+        np.testing.assert_allclose(together[..., column], ridge.residuals(fixed(x), y[:, column], folds, PENALTIES), atol=1e-10)
+
+
 def test_scaling():
     x = np.random.default_rng(0).standard_normal((30, 5)) * [1, 10, 100, 0, 3] + 5
     train = np.arange(20)
@@ -213,27 +222,6 @@ def test_a_feature_that_never_varies_predicts_the_training_mean():
     found = nested_ridge(fixed(np.zeros((40, 1))), y, folds, PENALTIES).predictions
     for fold in folds:
         np.testing.assert_allclose(found[fold.test], y[fold.train].mean())
-
-
-def test_group_blocks_enumerates_few_groups():
-    codes = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 3])  # three of size 3 trade places, the one of size 2 stays
-    orders = ridge.group_blocks(codes, 11, 200, 0)
-    assert orders.shape == (math.factorial(3) - 1, 11) and len(np.unique(orders, axis=0)) == 5
-    assert not (orders == np.arange(11)).all(axis=1).any(), "the observed arrangement is not among the draws"
-    assert (np.sort(orders, axis=1) == np.arange(11)).all() and (orders[:, 9:] == [9, 10]).all()
-    for order in orders:
-        for group in range(3):
-            moved = order[codes == group]
-            assert len(set(codes[moved])) == 1 and (np.diff(moved) == 3).all(), "a group moves as a whole, in its own order"
-
-
-def test_group_blocks_samples_many_groups_and_refuses_unequal_ones():
-    codes = np.repeat(np.arange(8), 3)
-    orders = ridge.group_blocks(codes, 24, 50, seed=1)
-    assert orders.shape == (50, 24) and len(np.unique(orders, axis=0)) > 45
-    assert (orders == ridge.group_blocks(codes, 24, 50, seed=1)).all() and (orders != ridge.group_blocks(codes, 24, 50, seed=2)).any()
-    with pytest.raises(ValueError, match="within_groups"):
-        ridge.group_blocks(np.array([0, 0, 0, 1, 1]), 5, 50, 0)
 
 
 def test_scores_equal_scikit_learn_and_scipy():

@@ -233,10 +233,10 @@ def test_correlation_equals_scipy(method, oracle):
     assert np.allclose((ours["low"], ours["high"]), (boot.low, boot.high), atol=0.03)
 
 
-def test_weighted_ranks_are_the_ranks_of_the_resample():
+def testweighted_ranks_are_the_ranks_of_the_resample():
     x = np.array([3.0, 1.0, 3.0, 2.0])
     times = np.array([[2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    for weights, ranks in zip(times, stats._weighted_ranks(x, times), strict=True):
+    for weights, ranks in zip(times, stats.weighted_ranks(x, times), strict=True):
         sample = np.repeat(np.arange(4), weights.astype(int))
         expected = scipy_stats.rankdata(x[sample])
         assert np.allclose(ranks[sample] + 0.5, expected)

@@ -25,7 +25,7 @@ from .files import (
 )
 from .listing import kept, refuse_store
 from .partial import Growing, growing
-from .tensors import mapped, pieces, write_values
+from .tensors import mapped, pieces, whole, write_values
 
 __all__ = [
     "FORMAT",
@@ -50,6 +50,7 @@ __all__ = [
     "replacing",
     "sweep",
     "verify",
+    "whole",
     "write_json",
     "write_table",
     "write_text",

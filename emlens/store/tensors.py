@@ -76,6 +76,21 @@ def mapped(path: str | os.PathLike, name: str = "values") -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
+def whole(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """What a safetensors file says of itself, and all its tensors.
+
+    Raises:
+        ValueError: damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in list(opened.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): write it again") from error
+
+
 def pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """``(first row, rows)`` after each other, a few MiB each, so that what is done to an array on the disk needs little memory."""
     rows = max(1, PIECE // max(1, values[:1].nbytes))

@@ -12,7 +12,7 @@ from ..activations import Activations
 from ..coherence import Meter, neutral_texts
 from ..directions import Direction, project, random_directions
 from ..personas import TRAITS, contrast_direction, finetuning_shift, load_trait
-from ..steering import METRICS, random_means, slopes, summarise
+from ..steering import METRICS, along, random_means, slopes, summarise
 from .analyse import BEFORE, stacked
 from .grid import PAIR_KINDS, Cell
 
@@ -97,12 +97,8 @@ def damage(bench: "Bench", directions: Mapping[str, Direction], controls: Mappin
 
             def make(layer: int = layer, strength: float = strength) -> pd.DataFrame:
                 bench._on(BEFORE)
-                meter = Meter(bench.model, texts, None, NEW_TOKENS)
-                read = []
-                for name, direction in arms.items():
-                    with bench.model.steer(direction, layer, strength):
-                        read.append(meter.read().assign(arm=name, layer=layer, strength=float(strength)))
-                return pd.concat(read, ignore_index=True)
+                read = along(bench.model, arms, [layer], [strength], Meter(bench.model, texts, None, NEW_TOKENS).read)
+                return read.rename(columns={"direction": "arm"})
 
             determined = {**shared, "directions": said, "layer": layer, "strength": strength}
             parts.append(bench.pieces.table("damage", f"damage layer {layer} strength {strength}", determined, make))

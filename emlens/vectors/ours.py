@@ -25,14 +25,7 @@ def write_ours(target: Path, rows: Rows, n_layers: int | None) -> None:
 
 
 def read_ours(target: Path, like: Shaped | None) -> Rows:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(target, framework="numpy") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{target} is damaged or not a safetensors file ({error}): write it again") from error
+    header, tensors = store.whole(target)
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{target} is no direction of ours (format {header.get('format')!r}, needed {FORMAT!r}): "
