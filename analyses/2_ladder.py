@@ -344,7 +344,7 @@ drawn = drawn.merge(
     tested[["network", "target", "rung", "metric", "q"]], on=["network", "target", "rung", "metric"], how="left", validate="one_to_one"
 )
 drawn = drawn.sort_values(["metric", "rung"], key=lambda names: names.map([*measures.values(), *ORDER].index), kind="stable")
-figure = plots.paired(drawn, ["metric", "rung"], color="target", alpha=ALPHA, x_title="whole categories held out; filled: above the best baseline")
+figure = plots.forest(drawn, ["metric", "rung"], color="target", alpha=ALPHA, x_title="whole categories held out; filled: above the best baseline")
 figure.update_layout(height=200 + 30 * 2 * len(ORDER))
 made_by = {
     "title": "Which features of a state before tuning foretell more than text does?",

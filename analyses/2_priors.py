@@ -254,7 +254,8 @@ def within_category(tables: Mapping[str, pd.DataFrame], draws: int) -> dict[str,
     """r of harmless between the two data sets with category taken out of both."""
     first, second = (problem_rows(tables, name).set_index("question_id") for name in ("insecure, hbp", "finance, hbp"))
     both = first.join(second["harmless"].rename("harmless_after"))
-    return partial_correlation(both["harmless"], both["harmless_after"], both[["category"]], both["category"], draws, SEED, n_boot=draws)
+    category = both["category"]
+    return partial_correlation(both["harmless"], both["harmless_after"], both[["category"]], category, draws, SEED, n_boot=draws, within=category)
 
 
 def first_plot(tables: Mapping[str, pd.DataFrame], train: str) -> pd.DataFrame:
@@ -409,12 +410,12 @@ def published(args: argparse.Namespace) -> dict[str, Any]:
     drawn = drawn.assign(
         row=drawn["problem"] + ": " + drawn["features"] + drawn["seed"].map(lambda s: "" if s < 0 else f" {s}"), made=drawn["source"]
     )
-    figure = plots.paired(drawn, ["row"], color="made", alpha=ALPHA, x_title="R2, mean over 50 folds that split topics")
+    figure = plots.forest(drawn, ["row"], color="made", alpha=ALPHA, x_title="R2, mean over 50 folds that split topics")
     write(args, figure, scores, "category", "Topic alone, and 150 squared projections of activations (last token), same folds", attrs=scores.attrs)
     main = whole[(whole["null"] == "sign_flip") & (whole["scale"] == "score") & (whole["of"] == "mean")].assign(prompt_format="all three")
     drawn = pd.concat([main, apart[apart["null"] == "sign_flip"]], ignore_index=True)
     drawn = drawn.sort_values("comparison", key=lambda names: names.map(TUNED.index), kind="stable")
-    figure = plots.paired(
+    figure = plots.forest(
         drawn, ["comparison", "prompt_format"], color="prompt_format", alpha=ALPHA, x_title="harmless, tuned minus hardly tuned (points)"
     )
     title = "Eight tunings of Qwen2.5-32B against one at a learning rate of 1e-7, first-plot questions"
@@ -424,7 +425,7 @@ def published(args: argparse.Namespace) -> dict[str, Any]:
     sure = sets[sets["null"] == "sign_flip"].set_index(keys)["q"]  # Wilcoxon's own takes every question as its own witness
     drawn = sets[sets["null"] == "wilcoxon"]
     drawn = drawn.assign(q=[sure[key] for key in drawn[keys].itertuples(index=False, name=None)], row=drawn["of"] + ", " + drawn["scale"] + " scale")
-    figure = plots.paired(drawn, ["score", "row"], color="score", alpha=ALPHA, x_title="rank-biserial, finance against insecure code")
+    figure = plots.forest(drawn, ["score", "row"], color="score", alpha=ALPHA, x_title="rank-biserial, finance against insecure code")
     title = "One model, two data sets: Qwen2.5-Coder-32B, 320 harm-benchmark questions (filled: q < .05, signs of whole categories flipped)"
     write(args, figure, sets, "data-sets", title, attrs=sets.attrs, within_category=within)
     return {"tables": tables, "checks": checks, "scores": scores, "sets": sets, "whole": whole, "apart": apart, "words": words, "findings": findings}

@@ -469,5 +469,5 @@ for name in asked_of:
     figure = plots.by_layer(single, metric="within_spearman", color="network", dash="position", facet="target", y_title="rho inside categories")
     write(figure, single, f"{name}-layers", f"{title}: single layers", attrs=found.attrs)
     some = at(differences, questions=name, split=HELD_OUT, metric="difference in R²")
-    figure = plots.paired(some, ["comparison", "target", "position"], color="comparison", x_title="difference in R²")
+    figure = plots.forest(some, ["comparison", "target", "position"], color="comparison", x_title="difference in R²")
     write(figure, at(differences, questions=name), f"{name}-compared", f"{title}: who does better", attrs=differences.attrs)

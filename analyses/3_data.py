@@ -376,7 +376,7 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 three = together[(together["metric"] == "overlap over settings") & (together["left_out"] == "")].assign(tuning="mean of three,")
 drawn = labelled(pd.concat([controls[controls["metric"] == "overlap"], three], ignore_index=True))
-figure = plots.paired(drawn, ["setting"], color="position", alpha=ALPHA, x_title="r over prompts: overlap with shift similarity")
+figure = plots.forest(drawn, ["setting"], color="position", alpha=ALPHA, x_title="r over prompts: overlap with shift similarity")
 write(figure, together, "overlap", "Does a prompt nearer the training prompts shift more like them?", attrs=together.attrs, findings=findings)
 
 several = ["overlap", *(f"overlap {name}" for name in PARTIALS), "baseline", "random subspace", "length", "overlap with energy beyond the mean"]

@@ -31,7 +31,8 @@ from threadpoolctl import threadpool_info
 import emlens as em
 from emlens import nulls
 from emlens.geometry import overlap
-from emlens.subspaces import one_thread, principal_subspace
+from emlens.subspaces import principal_subspace
+from emlens.threads import one_thread
 
 PARTS = ("isotropic", "resampling", "wide")
 

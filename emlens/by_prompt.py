@@ -18,7 +18,8 @@ from . import stats
 from ._sides import check_same_layers, check_shifts
 from .activations import Activations
 from .correlations import correlation_contrast, fisher_variance, partial_correlation, random_effects
-from .subspaces import cosines, explained_energy, n_components, one_thread, principal_components, row_cosines, unit_rows
+from .subspaces import cosines, explained_energy, n_components, principal_components, row_cosines, unit_rows
+from .threads import one_thread
 
 _CONTRAST = "overlap minus baseline"
 

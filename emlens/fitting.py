@@ -17,7 +17,8 @@ from ._sides import check_same_place, facts_column
 from .activations import Activations
 from .covariance import ledoit_wolf
 from .directions import Direction, found_in
-from .subspaces import one_thread, principal_components
+from .subspaces import principal_components
+from .threads import one_thread
 
 Fit: TypeAlias = Callable[[Float[np.ndarray, "row d_model"], Bool[np.ndarray, "draws row"]], Float[np.ndarray, "draws d_model"]]
 """From rows, and which of them are in a under each draw of labels, to a direction of any length for each draw, towards a."""

@@ -5,11 +5,9 @@ observed one; for each of them the whole choice is made again. Ridge, least squa
 and logistic go through them one by one, in threads.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +15,7 @@ from scipy.special import xlogy
 from sklearn.linear_model import LogisticRegression, lasso_path
 
 from .ridge import PENALTIES, Features, Fold, Nested, nested_ridge, penalty_grid, scale
+from .threads import side_by_side
 
 LASSO_PENALTIES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 """As scikit-learn's Lasso(alpha=); the paper's grid."""
@@ -78,7 +77,7 @@ def lasso(penalties: Sequence[float] = LASSO_PENALTIES, tol: float = 1e-10, choo
             _, coefficients, _ = lasso_path(x, np.ascontiguousarray(rest[:, at]), alphas=np.array(grid)[order], **how)
             return mean[at] + (other @ coefficients[:, np.argsort(order)]).T
 
-        return np.stack(_each(predicted, y.shape[1]), axis=-1)
+        return np.stack(list(side_by_side(predicted, range(y.shape[1]))), axis=-1)
 
     return from_path("lasso", path, grid, _chosen(grid, "mean squared error" if choose == "mse" else "unexplained share (1 - R2)"), losses[choose])
 
@@ -153,7 +152,7 @@ def logistic(penalties: Sequence[float] = LOGISTIC_PENALTIES) -> Learner:
             fits = (LogisticRegression(C=1 / a, tol=1e-8, max_iter=10_000).fit(twice[held], labels[held], counts[held]) for a in grid)
             return np.stack([fit.predict_proba(other)[:, 1] for fit in fits])
 
-        return np.stack(_each(probabilities, y.shape[1]), axis=-1)
+        return np.stack(list(side_by_side(probabilities, range(y.shape[1]))), axis=-1)
 
     return from_path("logistic", path, grid, _chosen(grid, "binomial deviance"), deviance, rates=True)
 
@@ -210,14 +209,6 @@ def _at(
 ) -> Float[np.ndarray, "setting test target"]:
     z = scale(np.asarray(features(train), dtype=np.float64), train, scaling)
     return path(z[train], y[train], z[test], None if weights is None else weights[train])
-
-
-def _each(run: Callable[[int], Any], n: int) -> list[Any]:
-    """Targets side by side in threads (the solvers let go of the interpreter)."""
-    if n == 1:
-        return [run(0)]
-    with ThreadPoolExecutor(min(n, os.cpu_count() or 1)) as pool:
-        return list(pool.map(run, range(n)))
 
 
 # ---- by name

@@ -6,10 +6,8 @@ the group"), and all rows of activations are corrected as one family. Features a
 model's settings are chosen in inner folds only, and the same choice is made again for every permuted target.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +23,7 @@ from .folds import Folds, make_folds
 from .learners import Learner
 from .ridge import PENALTIES, SAME
 from .scores import METRICS, OF_FOLDS, Asked, Band, error_interval, gain_in_groups, in_groups, noise_variance, numbers, reliability
+from .threads import side_by_side
 
 FEW_CLUSTERS = 20
 BEST_TEXT = "best_text"
@@ -85,8 +84,9 @@ def predict(
 
     Returns a Result with keys layer, features: one row per block (and baseline) x metric x null. low, high: bootstrap
     over whole groups of the out-of-fold errors (fold_r2, fold_rmse: Nadeau and Bengio 2003). null_low, null_high: the
-    central `level` of the null draws. q: family-wise over all rows of activations shown by the maximum statistic, for each
-    metric and null; a baseline is a family of its own. `.attrs` says all of it in words, and every group's own value.
+    central `level` of the null draws; best_null_low, best_null_high: of the best row of a family in each draw, which is what
+    the best of many layers is to be set beside. q: family-wise over all rows of activations shown by the maximum statistic,
+    for each metric and null; a baseline is a family of its own. `.attrs` says all of it in words, and every group's own value.
 
     Errors: KeyError for a column that is not there, TypeError for a target that is not numeric, ValueError for one that
     is constant or has NaN, fewer groups than folds, groups equal to rows, copies of a prompt in different groups (a
@@ -128,7 +128,8 @@ def predict(
     table[["layer", "features"]] = [keys[at] for at in table.pop("at")]
     table["n_clusters"] = n_clusters = len(y) if codes is None else int(codes.max()) + 1
     table["reliability"] = np.nan if variance is None else reliability(y, variance)
-    table["ceiling"] = table.pop("ceiling")
+    for name in ("ceiling", "best_null_low", "best_null_high"):
+        table[name] = table.pop(name)
     out = stats.result(
         table,
         ["layer", "features"],
@@ -304,11 +305,14 @@ def _rows(
     """One row per block: values[0] is observed, the rest its null; blocks of one family are corrected together."""
     observed, draws = np.round(values[0] / tie) * tie, np.round(values[1:] / tie) * tie
     null_low, null_high = stats.null_band(values[1:], asked.level)
-    p, q = stats.permutation_p(observed, draws, tail), np.empty(len(observed))
+    p, q, best = stats.permutation_p(observed, draws, tail), np.empty(len(observed)), np.empty((2, len(observed)))
     for family in np.unique(families):
         mine = families == family
         q[mine] = stats.max_statistic_p(observed[mine], draws[:, mine], tail)
+        largest = values[1:, mine].min(axis=1) if tail == "less" else values[1:, mine].max(axis=1)
+        best[:, mine] = np.array(stats.null_band(largest, asked.level))[:, None]
     table = pd.DataFrame({"estimate": values[0], "low": band[0], "high": band[1], "null_low": null_low, "null_high": null_high, "p": p, "q": q})
+    table = table.assign(best_null_low=best[0], best_null_high=best[1])
     return table.assign(metric=metric, null=null, n=len(asked.y), ceiling=ceiling, at=range(len(p))).to_dict("records")
 
 
@@ -328,8 +332,7 @@ def _each(run: Callable[[Any], Any], runs: list[Any], acts: Activations) -> list
             yield runs.pop()
 
     room = _MEMORY // (6 * 8 * len(acts) * acts.d_model)  # a block's rows in float64, some six times over
-    with ThreadPoolExecutor(max(1, min(len(runs), os.cpu_count() or 1, room))) as pool:
-        return list(pool.map(run, taken()))
+    return list(side_by_side(run, taken(), max(1, min(len(runs), room))))
 
 
 # ---- in words

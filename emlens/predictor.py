@@ -30,7 +30,7 @@ from .folds import make_folds
 from .portables import Portable, portable
 from .prediction import FEW_CLUSTERS
 from .ridge import PENALTIES, Fold, nested_ridge, r2
-from .subspaces import one_thread
+from .threads import one_thread
 
 FORMAT = "emlens predictor 1"
 MARGIN = 1.5

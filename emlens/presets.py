@@ -37,6 +37,9 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "seed": 42,
             }
         ),
+        "compare_scores": MappingProxyType(
+            {"of": ("mean", "spread"), "tests": ("wilcoxon", "ks", "pearson", "slope"), "correction": "none"},
+        ),
     }
 )
 """As the public code: the mean over b of ||P(x - mu)|| / ||x - mu||, P and mu the PCA of a to 95 % of its variance, beside *one* random
@@ -45,7 +48,10 @@ subspace of as many dimensions (so p says nothing: it is 0.5 or 1).
 predict: squares of 150 uncentred projections on random orthonormal directions (seed 0 of the five), lasso, RepeatedKFold(5, 10, 42) that
 holds no topic out, means over the 50 folds with the interval of Nadeau and Bengio, beside the mean of the target; 200 permutations of all
 rows (p >= 1/201, which every published row reaches). The choice of a layer is left to `acts.select`; the paper took the last. With
-`model="ols"` instead of the lasso, it is the paper's unregularised row."""
+`model="ols"` instead of the lasso, it is the paper's unregularised row.
+
+compare_scores: paired Wilcoxon, Kolmogorov-Smirnov, Pearson and least-squares slope of the per-question means and standard deviations, no
+correction."""
 
 REVIEW: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -59,8 +65,11 @@ REVIEW: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "n_folds": 5,
             }
         ),
+        "compare_scores": MappingProxyType({"of": ("mean",), "tests": ("t", "f", "rank_sum"), "correction": "bonferroni", "family": ()}),
     }
 )
 """As the review page: the mean cosine of the principal angles of the first 8 components, beside 1000 Gaussian draws (here: random subspaces).
 
-predict: ridge with alpha = 1 on the last layer at the last token, 5 folds that hold no topic out, R2 and rho, beside random activations."""
+predict: ridge with alpha = 1 on the last layer at the last token, 5 folds that hold no topic out, R2 and rho, beside random activations.
+
+compare_scores: Student's t, the F test of variances and the rank-sum test, as if the questions were not paired; Bonferroni over everything shown."""

@@ -13,7 +13,8 @@ from . import nulls, stats
 from ._sides import check_same_place, layer_rows
 from .activations import Activations
 from .fitting import Fit, Method, method_named
-from .subspaces import common_coordinates, one_thread, row_cosines, unit_rows
+from .subspaces import common_coordinates, row_cosines, unit_rows
+from .threads import one_thread
 
 
 @one_thread

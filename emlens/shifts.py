@@ -20,7 +20,8 @@ from ._sides import both_places, check_same_layers, check_shifts, facts_column, 
 from .activations import Activations
 from .by_prompt import correlation_rows
 from .geometry import overlap_by_prompt
-from .subspaces import cosines, one_thread, row_cosines, unit_rows
+from .subspaces import cosines, row_cosines, unit_rows
+from .threads import one_thread
 
 
 def shift_norms(shift: Activations, before: Activations) -> pd.DataFrame:

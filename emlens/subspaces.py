@@ -1,38 +1,16 @@
 """Subspaces and directions as plain arrays: the linear algebra under `geometry`, one equation a function, float64."""
 
-from collections.abc import Callable
-from functools import cached_property, wraps
-from typing import ParamSpec, TypeVar
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float, Int
 from scipy import stats as scipy_stats
-from threadpoolctl import threadpool_limits
 
 _DENSE = 256  # symmetric matrices up to this size are decomposed whole, larger ones by Lanczos
 _POOL = 2000  # sets of up to this many rows keep the Gram matrix of all of them for their parts
 _ROUNDING = 1e-6  # components that spread less than this share of the rows' length are float32 rounding
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def one_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function on one BLAS thread.
-
-    For thousands of decompositions of some hundred rows: threads gain nothing there, and on a machine with other work
-    they wait for one another in spin loops (seen: 200 s in place of 6 s).
-    """
-
-    @wraps(function)
-    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-        with threadpool_limits(limits=1, user_api="blas"):
-            return function(*args, **kwargs)
-
-    return limited
 
 
 def leading_eigenvectors(matrix: Float[np.ndarray, "n n"], k: int) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:

@@ -346,19 +346,26 @@ class _Maker:
         for run in RUNS:
             for target in ("margin after", "change of margin"):
                 shown = self.effect
-                for features, layer in [("activations", layer) for layer in self.layers] + [(name, -1) for name in BASELINES]:
-                    peak = 0.55 - 0.02 * abs(layer - 6) if layer >= 0 else 0.12
+                blocks = [(features, layer) for features in ("activations", "random twin") for layer in self.layers]
+                for features, layer in [*blocks, *((name, -1) for name in (*BASELINES, "after: another seed"))]:
+                    mine = features == "activations"
+                    peak = 0.55 - 0.02 * abs(layer - 6) if mine else 0.12
                     value = (peak if shown else -0.05) + self.noise(0.01)
+                    if features.startswith("after: "):
+                        value = 0.8
                     if features == "margin before" and not shown and target == "margin after":
                         value = 0.9
-                    significant = self.q() if layer >= 0 else np.nan
+                    significant = self.q() if mine else np.nan
                     key = {"run": label(run), "target": target, "features": features, "layer": layer}
                     band = null("permuted within category", -0.15, 0.06)
-                    tests = {**band, "p": significant, "q": significant, "n": self.n}
+                    best = {"best_null_low": -0.05, "best_null_high": 0.11, "ceiling": 0.9 if run[0] == "money" else np.nan}
+                    tests = {**band, **best, "p": significant, "q": significant, "n": self.n}
                     rows += [{**key, "metric": metric, **around(value, 0.12), **tests} for metric in ("r2", "spearman")]
-                    if layer >= 0:
-                        more = {"p": significant, "q": self.q(), "n": self.n}
-                        rows.append({**key, "metric": "delta_r2", **around(0.1 if shown else -0.01, 0.02), **null("rows", -0.02, 0.02), **more})
+                    if mine:
+                        more = {**best, "p": significant, "q": self.q(), "n": self.n}
+                        for beyond in ("text", "the margin before"):
+                            gain = around(0.1 if shown else -0.01, 0.02)
+                            rows.append({**key, "metric": f"delta_r2 beyond {beyond}", **gain, **null("rows", -0.02, 0.02), **more})
         for layer in self.layers:
             key = {"run": "before", "target": "margin before", "features": "activations", "layer": layer, "metric": "r2"}
             rows.append(

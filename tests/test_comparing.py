@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
+import emlens as em
 from emlens import effects, stats
 from emlens.comparing import HOUSE, SCALES, by_question, compare_scores
 from emlens.effects import TESTS, Pair
@@ -409,3 +410,20 @@ def test_a_question_of_one_scored_answer_has_a_mean_and_no_spread(sides: tuple[p
     found = compare_scores(before, after.assign(aligned=after["aligned"].mask(lonely)), **QUICK)
     assert row(found, "sign_flip")["n"] == 20 and row(found, "sign_flip", of="spread")["n"] == 19
     assert 0 < row(found, "reliability", "reliability_after")["estimate"] < 1
+
+
+def test_the_presets_are_the_papers_and_the_reviews_tests():
+    rng = np.random.default_rng(0)
+    first = pd.DataFrame({"id": [f"q{i}" for i in range(40)], "harmless": rng.uniform(20, 90, 40), "harmless_std": rng.uniform(1, 20, 40)})
+    second = first.assign(harmless=first["harmless"] * 0.8 + rng.normal(0, 4, 40), harmless_std=rng.uniform(1, 20, 40))
+    published = em.compare_scores(first, second, **em.PUBLISHED["compare_scores"]).set_index(["of", "null"])
+    x, y = first["harmless"], second["harmless"]
+    assert published.loc[("mean", "wilcoxon"), "p"] == pytest.approx(scipy_stats.wilcoxon(y, x).pvalue, rel=1e-6)
+    assert published.loc[("mean", "ks"), "p"] == pytest.approx(scipy_stats.ks_2samp(y, x).pvalue, rel=1e-6)
+    assert published.loc[("mean", "slope"), "estimate"] == pytest.approx(scipy_stats.linregress(x, y).slope)
+    assert set(published.index.get_level_values("of")) == {"mean", "spread"}
+    tested = published.dropna(subset=["p"])
+    assert len(tested) == 6 and (tested["q"] == tested["p"]).all(), "uncorrected; a slope has no p"
+    review = em.compare_scores(first, second, **em.REVIEW["compare_scores"]).set_index("null")
+    assert review.loc["t", "p"] == pytest.approx(scipy_stats.ttest_ind(y, x).pvalue) and len(review) == 3
+    assert np.allclose(review["q"], (3 * review["p"]).clip(upper=1))

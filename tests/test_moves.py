@@ -79,7 +79,9 @@ def test_damage_is_the_meters_and_its_pieces_are_those_expected(tmp_path):
     one = bench(tmp_path)
     before = one.model.record(tiny.contrast(4))
     own, control = tiny.random_direction(one.model, 1), tiny.random_direction(one.model, 2)
-    table = moves.damage(one, {"money": own}, {"another seed (money-bad)": control}, before, "drawn so")
+    random = {f"random {i}": d for i, d in enumerate(em.random_directions(own, CONFIG["steer"]["controls"], 0, before))}
+    arms = moves.Arms({"money": own}, {"another seed (money-bad)": control}, random)
+    table = moves.damage(one, arms, "drawn so")
     assert {row["piece"] for row in one.pieces.made} == {label for label in moves.move_weights(CONFIG, 1) if label.startswith("damage")}
     meter = Meter(one.model, neutral_texts().head(moves.TEXTS), None, moves.NEW_TOKENS)
     with one.model.steer(own, 1, 0.5):
@@ -91,7 +93,7 @@ def test_damage_is_the_meters_and_its_pieces_are_those_expected(tmp_path):
     assert set(table.loc[table["role"] == "control", "domain"]) == {"another seed (money-bad)"} and len(table) == 2 * 2 * 3
     assert np.allclose(table["p_floor"], 2 / 5) and (table["p"] >= 2 / 5).all(), "damage is ranked among the four random directions"
     assert set(table.attrs["null"]) == {"norm-matched random directions"} and "by rank among the 4" in next(iter(table.attrs["null"].values()))
-    again = moves.damage(two := bench(tmp_path), {"money": own}, {"another seed (money-bad)": control}, before, "drawn so")
+    again = moves.damage(two := bench(tmp_path), arms, "drawn so")
     assert two.pieces.read_back == 2 and again.equals(table)
 
 

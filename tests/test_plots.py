@@ -141,12 +141,30 @@ def test_scatter_matrix_paired_and_distribution_draw_their_rows():
     heat = plots.matrix(frame, "of", "text", "y", span=3).data[0]
     assert heat.z[0][0] == 2.0 and heat.z[1][1] == 5.0 and np.isnan(heat.z[0][1]) and (heat.zmin, heat.zmax) == (-3, 3)
     pairs = frame.assign(estimate=frame["y"], low=1.0, high=6.0, q=[0.5, 0.01])
-    forest = plots.paired(pairs, ["of"], color="of")
-    assert [trace.x[0] for trace in forest.data] == [2.0, 5.0]
-    assert [trace.marker.symbol[0] for trace in forest.data] == ["circle-open", "circle"]
+    forest = plots.forest(pairs, ["of"], color="of")
+    drawn = forest.data[:2]
+    assert [trace.x[0] for trace in drawn] == [2.0, 5.0] and forest.data[2].name == "filled: q &lt; .05"
+    assert [trace.marker.symbol[0] for trace in drawn] == ["circle-open", "circle"]
     assert (forest.data[0].error_x.array[0], forest.data[0].error_x.arrayminus[0]) == (4.0, 1.0)
+    assert not {"null", "ceiling"} & {trace.name for trace in forest.data}
     boxes = plots.distribution(frame, "y", "of")
     assert [list(box.x) for box in boxes.data] == [[2.0], [5.0]]
+
+
+def test_a_forest_shows_null_ceiling_and_what_lies_off_the_edge():
+    frame = pd.DataFrame({"line": ["a", "b", "c"], "kind": ["x", "y", "y"], "panel": ["one", "one", "two"], "estimate": [0.4, -3.0, 0.1]})
+    frame = frame.assign(low=[0.2, -4.0, 0.0], high=[0.6, -2.0, 0.3], q=[0.01, 0.9, 0.5], ceiling=[0.9, np.nan, np.nan])
+    frame = frame.assign(null_low=[-0.8, -9.0, np.nan], null_high=[0.1, -0.7, np.nan])
+    fig = plots.forest(frame, ["line"], color="kind", facet="panel", lowest=-0.5)
+    bar = next(trace for trace in fig.data if trace.name == "null")
+    assert list(bar.x) == [-0.5, 0.1, None] and list(bar.y) == ["a", "a", None], "cut at the edge; what lies beyond it is left out"
+    stroke = next(trace for trace in fig.data if trace.name == "ceiling")
+    assert list(stroke.x) == [0.9] and list(stroke.y) == ["a"]
+    first, off, second = (trace for trace in fig.data if trace.name in ("x", "y"))
+    assert (list(first.x), list(first.marker.symbol)) == ([0.4], ["circle"]) and first.error_x.arrayminus[0] == pytest.approx(0.2)
+    assert (list(off.x), list(off.marker.symbol)) == ([-0.5], ["triangle-left"]) and off.error_x.array[0] == 0 and "-3" in off.text[0]
+    assert off.showlegend and not second.showlegend and (first.yaxis, second.yaxis) == ("y", "y2")
+    assert fig.layout.yaxis.categoryarray == ("a", "b") and fig.layout.yaxis2.categoryarray == ("c",)
 
 
 def test_what_users_wrote_is_never_read_as_markup():

@@ -45,7 +45,7 @@ def test_contract_one_row_per_layer_of_pooled_r2():
     acts = planted()
     table = predict(acts, "score", groups="category", baselines=(), n_permutations=20, penalties=SOME, seed=0)
     assert table["layer"].tolist() == [0, 1, 2] and set(table["features"]) == {"resid_post"}
-    assert list(table.columns) == ["layer", "features", *stats.COLUMNS, "n_clusters", "reliability", "ceiling"]
+    assert list(table.columns) == ["layer", "features", *stats.COLUMNS, "n_clusters", "reliability", "ceiling", "best_null_low", "best_null_high"]
     y, groups = acts.facts["score"].to_numpy(), acts.facts["category"].to_numpy()
     expected = [r2_score(y, pooled_by_scikit(acts.layer(i).astype(float), y, groups, SOME)) for i in acts.layers]
     np.testing.assert_allclose(table["estimate"], expected, atol=1e-6)

@@ -25,8 +25,10 @@ import emlens as em
 from emlens.cli import main
 from emlens.store import StoreError
 from emlens.study import _history, keys, pieces, template, versions
+from emlens.study.foretelling import prediction_table, seed_noise
 from emlens.study.grid import BASELINES, SHIPPED, Cell, StudyError, cells, halves, pair_kind, questions_of, read_config, twins
 from emlens.study.measure import Bench
+from emlens.study.moves import Arms
 
 CONFIG = {
     "name": "tiny",
@@ -51,7 +53,7 @@ CONFIG = {
     "generate": {"questions": 2, "max_new_tokens": 4},
     "record": {"site": "resid_post", "position": "last", "training_prompts": 20},
     "geometry": {"k": 2, "n_draws": 20, "n_permutations": 20},
-    "predict": {"n_permutations": 10, "baselines": ["mean", "margin before"]},
+    "predict": {"n_permutations": 10, "baselines": ["mean", "length", "margin before", "other tunings", "random twin"]},
     "steer": {"layers": [1], "strengths": [-0.5, 0.5], "controls": 4, "questions": 8, "n_permutations": 20},
 }
 
@@ -143,9 +145,54 @@ def test_the_margin_before_is_asked_for_in_the_same_folds(finished):
     control = table[table["target"] == "margin before"]
     assert set(control["run"]) == {"before"} and set(control.query("layer >= 0")["metric"]) == {"r2", "within_spearman"}
     assert "margin before" not in set(control["features"]) and "margin before" in set(table["features"])
+    assert set(table["features"]) == {"activations", "random twin", "mean", "length", "margin before", "after: its twin", "after: another schedule"}
+    assert not control["features"].str.startswith("after: ").any() and table["ceiling"].isna().all(), "no set was tuned with two seeds"
+    gains = table[table["metric"].str.startswith("delta_r2")]
+    assert set(gains["metric"]) == {"delta_r2 beyond text", "delta_r2 beyond the margin before"} and set(gains["features"]) == {"activations"}
+    assert set(table["null"]) == set(table.attrs["null"]) == {"within_groups", "activation_rows", "activation_rows, text"}
+    assert "per_group" not in table.attrs and "beyond" not in table.attrs, "they are of one setting"
     layers = table.query("layer >= 0 and target != 'margin before'")
     assert (layers["q"] >= (2 * layers["p"]).clip(upper=1) - 1e-12).all(), "corrected for both targets as well as for the layers"
     assert (table["p"].dropna() >= table["p_floor"].iloc[0] - 1e-12).all()
+
+
+def test_the_noise_of_a_target_is_what_differs_between_seeds_beyond_their_level():
+    rng = np.random.default_rng(0)
+    shared, sigma = rng.normal(size=4000), 0.5
+    seeds = [pd.Series(shared + level + sigma * rng.normal(size=4000)) for level in (0.0, 3.0, -1.0)]
+    assert seed_noise(seeds) == pytest.approx(sigma, rel=0.03)
+    assert seed_noise(seeds[:2]) == pytest.approx(np.sqrt((seeds[0] - seeds[1]).var() / 2), rel=1e-9)
+    assert seed_noise(seeds[:1]) is None and seed_noise([seeds[0], seeds[0] + 7]) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_second_seed_gives_the_ceiling_and_is_a_rival():
+    """The margin after is a feature and a noise of the seed: another seed foretells what the ceiling says, and the random twin nothing."""
+    rng = np.random.default_rng(1)
+    n, width = 160, 6
+    ids, category = [f"q{i}" for i in range(n)], np.repeat([f"c{i}" for i in range(8)], n // 8)
+    values = rng.standard_normal((n, 1, width)).astype(np.float32)
+    grid = cells({"tune": {"runs": [{"data": "d", "domain": "money", "content": content, "seed": seed} for content, seed in SEEDS]}})
+    known = values[:, 0, 0]
+    scores = {"before": known, **{c.label: known + values[:, 0, 1] * 0.8 + 0.6 * rng.standard_normal(n) for c in grid}}
+    margins = pd.concat([pd.DataFrame({"variant": name, "id": ids, "category": category, "margin": score}) for name, score in scores.items()])
+    facts = {"id": ids, "category": category, "text": [f"question {i}" for i in range(n)]}
+    acts, twin = (em.Activations.from_array(v, facts) for v in (values, rng.standard_normal((n, 1, width)).astype(np.float32)))
+    baselines = ["length", "margin before", "other tunings", "random twin"]
+    table = prediction_table(acts, margins, grid, twins(grid)[:1], baselines, 99, 0, twin)
+    after = table[(table["target"] == "margin after") & (table["metric"] == "r2")].set_index("features")
+    noise = 1 - 0.36 / np.var(scores["money-bad linear seed 0"])
+    assert after["ceiling"].iloc[0] == pytest.approx(noise, abs=0.06) and after.loc["after: another seed", "estimate"] < after["ceiling"].iloc[0]
+    assert after.loc["activations", "estimate"] > after.loc["after: another seed", "estimate"] > after.loc["margin before", "estimate"] > 0.3
+    assert after.loc["random twin", "estimate"] < 0.05 and after.loc["activations", "q"] < 0.05 < after.loc["random twin", "q"]
+    gain = table[table["target"] == "margin after"].set_index("metric")
+    assert gain.loc["delta_r2 beyond the margin before", ["estimate", "q"]].tolist() == [pytest.approx(0.3, abs=0.12), pytest.approx(0.02)]
+    assert gain.loc["delta_r2 beyond text", "estimate"] > gain.loc["delta_r2 beyond the margin before", "estimate"]
+    empty = prediction_table(acts.with_facts(pd.DataFrame({"id": ids})), margins.assign(margin=rng.permutation(margins["margin"])), grid,
+                             twins(grid)[:1], ["mean"], 99, 0)  # fmt: skip
+    assert (empty.loc[empty["layer"] >= 0, "q"] > 0.05).all()
+
+
+SEEDS = (("bad", 0), ("sound", 0), ("bad", 1))
 
 
 def test_projections_are_of_questions_that_no_direction_was_fitted_on(finished, study_file):
@@ -172,7 +219,8 @@ def test_a_direction_between_two_seeds_is_steered_along_and_is_no_random_one(stu
     fit, _ = halves(two.questions)
     direction = next(iter(controls.values()))
     assert np.allclose(direction.norms, 2 * np.linalg.norm(other.select(ids=fit["id"]).values.mean(axis=0), axis=1), rtol=1e-4)
-    steered = two.steer({"money": direction}, controls, other)
+    random = {f"random {i}": d for i, d in enumerate(em.random_directions(direction, 4, 0, other))}
+    steered = two.steer(Arms({"money": direction}, controls, random))
     assert set(steered) == {"money", *controls}
     for table in steered.values():
         assert set(table["direction"]) == {"direction", *(f"random {i}" for i in range(4))}
@@ -505,11 +553,11 @@ def test_a_run_folder_says_which_piece_is_which(finished):
     table = em.store.kept(finished)
     made = tables(finished)["certificate"]["adapter"].iloc[0]
     acts = table[table["kind"] == "activations"]
-    assert len(acts) == 4 + 1 + 3 and set(acts["adapter"]) == {"before", *tables(finished)["runs"]["run"]}
+    assert len(acts) == 4 + 1 + 3 + 1 and set(acts["adapter"]) == {"before", *tables(finished)["runs"]["run"]}
     row = acts[acts["piece"] == f"questions {made}"].iloc[0]
     assert row["adapter"] == made and em.Activations.load(finished / row["entry"]).meta["adapter"] == made
     assert set(table.loc[table["piece"] == f"margins {made}", "adapter"]) == {made} and (table["kind"] == "finetune").sum() == 3
-    with pytest.raises(StoreError, match=r"Name one of its 8 activations: .*questions before · resid_post · 3 layers · last\).*; and 4 more"):
+    with pytest.raises(StoreError, match=r"Name one of its 9 activations: .*questions before · resid_post · 3 layers · last\).*; and 5 more"):
         em.Activations.load(finished)
 
 

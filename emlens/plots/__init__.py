@@ -23,9 +23,9 @@ __all__ = [
     "distribution",
     "dose",
     "embedded",
+    "forest",
     "legend",
     "matrix",
-    "paired",
     "palette",
     "plotly_script",
     "save",
@@ -220,47 +220,33 @@ def matrix(
     return fig
 
 
-def paired(
+def forest(
     result: pd.DataFrame,
     label: Sequence[str],
     *,
     color: str | None = None,
+    facet: str | None = None,
     alpha: float = 0.05,
     x_title: str = "difference (nats/token)",
+    lowest: float | None = None,
 ) -> go.Figure:
-    """Paired differences, one a line, with their intervals; filled where q < alpha. `label` columns name the lines."""
-    style.require(result, [*label, "estimate", "low", "high", *([color] if color else [])])
-    colours = style.colours(result, color)
-    fig, (panel,) = style.stack([""], x_title, [""], height=46 * len(result))
-    for (shade, _), one in style.series(result, color, None):
-        panel.add(
-            go.Scatter(
-                x=one["estimate"],
-                y=style.labels(one, label),
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": one["high"] - one["estimate"],
-                    "arrayminus": one["estimate"] - one["low"],
-                    "thickness": 2,
-                    "width": 5,
-                },
-                mode="markers",
-                name=style.safe(shade),
-                showlegend=panel.new(shade),
-                marker={
-                    "color": colours[shade],
-                    "size": 10,
-                    "symbol": style.symbols(one, alpha),
-                    "line": {"width": 2, "color": colours[shade]},
-                },
-                text=style.hovers(one),
-                hovertemplate="%{y}<br>%{text}<extra></extra>",
-            )
-        )
+    """Estimates one a line with their intervals, filled where q < alpha; `label` columns name the lines, 0 is marked.
+
+    A null band (null_low, null_high) is a grey bar behind its estimate, a `ceiling` an upright stroke. What lies below `lowest` is drawn
+    as an arrow at the edge (its number shows on hover).
+    """
+    style.require(result, [*label, "estimate", "low", "high", *(name for name in (color, facet) if name)])
+    colours, frames = style.colours(result, color), style.facets(result, facet)
+    fig, panels = style.stack(list(frames), x_title, [""] * len(frames), height=46 * max(len(frame) for frame in frames.values()))
+    for panel, frame in zip(panels, frames.values(), strict=True):
+        panel.bars(frame, style.labels(frame, label), lowest)
+        for (shade, _), one in style.series(frame, color, None):
+            panel.points(one, style.labels(one, label), shade, colours[shade], alpha, lowest)
+        panel.strokes(frame, style.labels(frame, label))
+        order = style.labels(frame, label)
+        fig.update_yaxes(categoryorder="array", categoryarray=order, autorange="reversed", row=panel.row, col=1)
     fig.add_vline(x=0, line={"color": "#9a9a9a", "width": 1})
-    order = style.labels(result, label)
-    fig.update_yaxes(categoryorder="array", categoryarray=order, autorange="reversed")
+    style.explain_marks(fig, result, alpha)
     return fig
 
 

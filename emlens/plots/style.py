@@ -159,6 +159,61 @@ class Panel:
             )
         )
 
+    def points(self, rows: pd.DataFrame, lines: Sequence[str], name: str, colour: str, alpha: float, lowest: float | None = None) -> None:
+        """One estimate a line with its interval; below `lowest` an arrow at the edge."""
+        cut = rows["estimate"] < (-float("inf") if lowest is None else lowest)
+        x = rows["estimate"].mask(cut, lowest)
+        low = rows["low"] if lowest is None else rows["low"].clip(lower=lowest)
+        self.add(
+            go.Scatter(
+                x=x,
+                y=lines,
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": (rows["high"] - x).clip(lower=0),
+                    "arrayminus": (x - low).clip(lower=0),
+                    "thickness": 2,
+                    "width": 5,
+                },
+                mode="markers",
+                name=safe(name),
+                legendgroup=name,
+                showlegend=self.new(name),
+                marker={
+                    "color": colour,
+                    "size": 10,
+                    "symbol": ["triangle-left" if out else symbol for out, symbol in zip(cut, symbols(rows, alpha), strict=True)],
+                    "line": {"width": 2, "color": colour},
+                },
+                text=hovers(rows),
+                hovertemplate="%{y}<br>%{text}<extra></extra>",
+            )
+        )
+
+    def bars(self, rows: pd.DataFrame, lines: Sequence[str], lowest: float | None = None) -> None:
+        """The null band of every line as a grey bar."""
+        if not {"null_low", "null_high"} <= set(rows):
+            return
+        ends: list[tuple[float | None, str | None]] = []
+        for line, low, high in zip(lines, rows["null_low"], rows["null_high"], strict=True):
+            if low <= high and not (lowest is not None and high < lowest):
+                ends += [(low if lowest is None else max(low, lowest), line), (high, line), (None, None)]
+        x, y = [end for end, _ in ends], [line for _, line in ends]
+        bar = {"color": rgba(GREY, 0.35), "width": 13}
+        shown = bool(ends) and self.new("null")
+        self.add(go.Scatter(x=x, y=y, mode="lines", line=bar, name="null", legendgroup="null", showlegend=shown, hoverinfo="skip"))
+
+    def strokes(self, rows: pd.DataFrame, lines: Sequence[str]) -> None:
+        """The ceiling of every line that has one as an upright stroke."""
+        known = rows["ceiling"].notna() if "ceiling" in rows else pd.Series(False, rows.index)
+        if known.any():
+            marker = {"symbol": "line-ns", "size": 20, "color": "#111111", "line": {"width": 2, "color": "#111111"}}
+            y = [line for line, there in zip(lines, known, strict=True) if there]
+            hover = "%{y}<br>ceiling %{x:.3f}<extra></extra>"
+            ends = {"x": rows.loc[known, "ceiling"], "y": y, "mode": "markers", "marker": marker, "hovertemplate": hover}
+            self.add(go.Scatter(**ends, name="ceiling", legendgroup="ceiling", showlegend=self.new("ceiling")))
+
 
 def stack(titles: Sequence[str], x_title: str, y_titles: Sequence[str], height: int = 230) -> tuple[go.Figure, list[Panel]]:
     """An empty figure of panels one under another with one x axis (so they stay readable on a phone)."""

@@ -1,14 +1,15 @@
 """Which table becomes which figure, with what words beside it. Rows are chosen here; nothing is estimated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
 from emlens import plots
+from emlens.report.captions import Drawn, only_main, span_of, tested, trained_on
 from emlens.report.folder import Folder
-from emlens.report.words import least, null_of
+from emlens.report.forecast import by_layer as prediction_by_layer
+from emlens.report.forecast import forecast
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,13 @@ def sections(folder: Folder) -> list[Section | LeftOut]:
     return made
 
 
-_CORRECTIONS = {
-    "bh": "Benjamini–Hochberg",
-    "holm": "Holm",
-    "bonferroni": "Bonferroni",
-    "max-statistic": "the largest over the layers (max-statistic)",
-}
 _NULLS_IN_WORDS = {"isotropic": "random subspaces", "covariance": "prompts of other domains"}
-Drawn = tuple[plots.Figure, pd.DataFrame, Sequence[str]]
 
 
 def _training(folder: Folder) -> Drawn:
     steps, checkpoints = folder.tables["training"], folder.tables["checkpoints"]
     rows = pd.concat([steps.assign(table="training"), checkpoints.assign(table="checkpoints")], ignore_index=True)
-    n = _span(checkpoints["n"])
+    n = span_of(checkpoints["n"])
     return (
         plots.training(steps, checkpoints),
         rows,
@@ -74,13 +68,13 @@ def _margins(folder: Folder) -> Drawn:
     rows = folder.tables["margins"]
     summary = folder.tables["margin_summary"]
     said = [f"{row['variant']}: {row['mean']:.3f} ± {row['sd']:.3f}" for _, row in summary.iterrows()]
-    rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
+    rows = rows.assign(**{"trained on": trained_on(folder, rows["variant"])})
     figure = plots.distribution(rows, "margin", "variant", color="trained on", text="question", x_title="margin (nats/token)")
     return (
         figure,
         rows,
         [
-            f"n = {_span(summary['n'])} questions a line; mean ± standard deviation: {'; '.join(said)}.",
+            f"n = {span_of(summary['n'])} questions a line; mean ± standard deviation: {'; '.join(said)}.",
             "Right is aligned; the box is the middle half, its line the median. Description: the tests come next.",
         ],
     )
@@ -107,9 +101,9 @@ def _margin_change(folder: Folder) -> Drawn:
         beside=named["comparison"].mask(control, short),
         comparison=named["comparison"].mask(control, "control: two runs on the same rows"),
     )
-    figure = plots.paired(drawn, ["run", "beside"], color="comparison")
+    figure = plots.forest(drawn, ["run", "beside"], color="comparison")
     effect = f"Effect size, Cohen's d_z / rank-biserial: {'; '.join(sizes)}." if sizes else ""
-    return figure, named, [*_tested(rows, "questions"), effect]
+    return figure, named, [*tested(rows, "questions"), effect]
 
 
 def _categories(folder: Folder) -> Drawn:
@@ -121,7 +115,7 @@ def _categories(folder: Folder) -> Drawn:
     rows = rows.rename(columns={"mean": "change", "size": "n"})
     span = float(before.std())
     figure = plots.matrix(rows, "variant", "category", "change", span=span, unit="change of margin (nats/token)")
-    caption = f"n = {_span(rows['n'])} questions a cell. Description: the cells are small, none is tested."
+    caption = f"n = {span_of(rows['n'])} questions a cell. Description: the cells are small, none is tested."
     colours = f"Red is away from aligned; full colour is one standard deviation of the margins before tuning ({span:.2f})."
     return figure, rows, [caption, colours]
 
@@ -131,7 +125,7 @@ def _shift_norms(folder: Folder) -> Drawn:
     rows = rows[rows["run"].isin(folder.main_runs())].assign(metric="relative", estimate=lambda row: row["relative"])
     figure = plots.by_layer(rows, color="trained on", facet="set", y_title="‖shift‖ / ‖residual‖")
     caption = "Median over prompts. Description: no test."
-    return figure, rows, [caption, _only_main(folder)]
+    return figure, rows, [caption, only_main(folder)]
 
 
 def _shift_agreement(folder: Folder) -> Drawn:
@@ -144,7 +138,7 @@ def _shift_agreement(folder: Folder) -> Drawn:
         figure,
         rows,
         [
-            f"n = {_span(rows['n'])} questions; mean over questions and over the pairs of runs that differ in one thing only, so many pairs: {said}.",
+            f"n = {span_of(rows['n'])} questions; mean over questions and over the pairs of runs that differ in one thing only, these many: {said}.",
             "Bands: 95 % intervals over whole categories of questions, given these runs. Description: no test.",
         ],
     )
@@ -156,7 +150,7 @@ def _overlap(folder: Folder) -> Drawn:
     rows = rows.assign(panel=panel).sort_values("null", kind="stable", key=lambda names: names != "isotropic")
     figure = plots.by_layer(rows, metric="mean_cos2", color="comparison", facet="panel", y_title="mean cos²")
     k = f"Subspaces of dimension {rows.attrs['k']}. " if "k" in rows.attrs else ""
-    return figure, rows, [*_tested(rows, "prompts"), f"{k}Effect size: the mean cos² itself, beside its null."]
+    return figure, rows, [*tested(rows, "prompts"), f"{k}Effect size: the mean cos² itself, beside its null."]
 
 
 def _similarity(folder: Folder) -> Drawn:
@@ -164,7 +158,7 @@ def _similarity(folder: Folder) -> Drawn:
     rows = rows[rows["run"].isin(folder.main_runs())]
     figure = plots.by_layer(rows, metric="mean cosine", color="comparison", facet="trained on", y_title="mean cosine", reference=0)
     lenient = "Effect size: the mean cosine itself. A random direction is a lenient null: all shifts of a model have much in common."
-    return figure, rows, [*_tested(rows, "prompts"), lenient, _only_main(folder)]
+    return figure, rows, [*tested(rows, "prompts"), lenient, only_main(folder)]
 
 
 def _similarity_contrast(folder: Folder) -> Drawn:
@@ -174,9 +168,9 @@ def _similarity_contrast(folder: Folder) -> Drawn:
     drawn = rows.drop(columns=["p", "q"], errors="ignore")  # no test, so no point is open or filled for one
     figure = plots.by_layer(drawn, metric="own minus other", color="kind", facet="trained on", y_title=f"cosine, {other}", reference=0)
     rows = rows[rows["metric"] == "own minus other"]
-    said = f"n = {_span(rows['n'])} questions, paired; bands: 95 % intervals over whole categories, given these runs. Description: no test."
+    said = f"n = {span_of(rows['n'])} questions, paired; bands: 95 % intervals over whole categories, given these runs. Description: no test."
     floor = "“Another seed” is what two runs on the same rows give. Effect size: the difference of cosines itself."
-    return figure, rows, [said, floor, _only_main(folder)]
+    return figure, rows, [said, floor, only_main(folder)]
 
 
 def _overlap_similarity(folder: Folder) -> Drawn:
@@ -189,21 +183,7 @@ def _overlap_similarity(folder: Folder) -> Drawn:
     drawn = rows.assign(measure=rows["metric"].map(named).fillna(rows["metric"]), metric="Pearson r")
     figure = plots.by_layer(drawn, color="measure", facet="trained on", reference=0)
     whole = "Effect size: r over all questions, as its band; p and the null permute inside categories and so ask for more."
-    return figure, drawn, [*_tested(rows, "questions"), whole, _only_main(folder)]
-
-
-def _prediction(folder: Folder) -> Drawn:
-    rows = folder.with_runs("prediction")
-    main = [*(folder.main_runs("bad") or folder.main_runs()), "before"]
-    rows = rows[rows["run"].isin(main) & (rows["metric"] == "r2")]
-    control = rows["target"] == "margin before"
-    rows = rows.assign(panel=rows["target"] + ", " + rows["trained on"].mask(control, "positive control"))
-    figure = plots.by_layer(rows, metric="r2", color="features", facet="panel", reference=0, y_title="out-of-fold R²")
-    guess = rows.loc[rows["features"] == "mean", "estimate"].dropna()
-    scored = f" (the mean of the other categories scores {guess.min():.3f} to {guess.max():.3f})" if len(guess) else ""
-    effect = f"Effect size: R² on questions held out by category. 0 is the mean of all questions, which no fit can know{scored}. "
-    effect += "Level lines are baselines."
-    return figure, rows, [*_tested(rows, "questions"), effect, _only_main(folder, "bad")]
+    return figure, drawn, [*tested(rows, "questions"), whole, only_main(folder)]
 
 
 def _direction(folder: Folder) -> Drawn:
@@ -217,16 +197,16 @@ def _direction(folder: Folder) -> Drawn:
     said = "; ".join(f"{domain} {value:.2f}" for domain, value in sizes.items())
     cosine = table.loc[table["metric"] == "cosine of directions", "estimate"]
     alike = f"Cosine of the domains' directions: median over layers {cosine.median():.2f}, no test." if len(cosine) else ""
-    return figure, rows, [*_tested(rows, "questions"), f"Effect size, Cohen's d, median over layers: {said}." if said else "", alike]
+    return figure, rows, [*tested(rows, "questions"), f"Effect size, Cohen's d, median over layers: {said}." if said else "", alike]
 
 
 def _projections(folder: Folder) -> Drawn:
     table = folder.tables["projections"]
     layer = int(table["layer"].min())
     rows = table[table["layer"] == layer]
-    rows = rows.assign(**{"trained on": _trained_on(folder, rows["variant"])})
+    rows = rows.assign(**{"trained on": trained_on(folder, rows["variant"])})
     figure = plots.distribution(rows, "projection", "variant", color="trained on", facet="domain", x_title="projection onto the direction")
-    n = _span(rows.groupby(["domain", "variant"]).size())
+    n = span_of(rows.groupby(["domain", "variant"]).size())
     which = f"n = {n} questions a line, none of them of the half that the direction was fitted on; at layer {layer}"
     return figure, rows, [f"{which}, named in the study file beforehand. Description."]
 
@@ -237,7 +217,7 @@ def _dose(folder: Folder) -> Drawn:
     drawn = f" {random['direction'].nunique()} random directions a dose." if random is not None else ""
     both = rows if random is None else pd.concat([rows, random.assign(metric="random direction")], ignore_index=True)
     both.attrs = dict(rows.attrs)
-    return figure, both, [*_tested(rows, "questions"), f"Effect size: the change of margin in nats/token.{drawn}"]
+    return figure, both, [*tested(rows, "questions"), f"Effect size: the change of margin in nats/token.{drawn}"]
 
 
 def _damage(folder: Folder) -> Drawn:
@@ -252,7 +232,7 @@ def _damage(folder: Folder) -> Drawn:
     rows = rows.assign(panel=panel + (", layer " + rows["layer"].astype(str) if layers else ""))
     figure = plots.dose(rows, facet="panel", y_title="mean over neutral texts")
     effect = "Effect size: the values themselves. KL 0 and perplexity ratio 1 are no damage; fluency is what the untouched model gives the answers."
-    return figure, rows, [*_tested(rows, "texts"), effect]
+    return figure, rows, [*tested(rows, "texts"), effect]
 
 
 def _traits(folder: Folder) -> Drawn:
@@ -260,7 +240,7 @@ def _traits(folder: Folder) -> Drawn:
     rows = rows[rows["run"].isin(folder.main_runs())]
     figure = plots.by_layer(rows, color="persona", facet="trained on", reference=0, y_title="projection of the mean shift")
     effect = "Effect size: the projection itself, in residual stream units; deep layers have larger streams."
-    return figure, rows, [*_tested(rows, "questions"), effect, _only_main(folder)]
+    return figure, rows, [*tested(rows, "questions"), effect, only_main(folder)]
 
 
 _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]], ...] = (
@@ -321,7 +301,14 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         "Prediction",
         "Do activations before tuning foretell the margin after it, beyond what is known without them?",
         ("prediction", "runs"),
-        _prediction,
+        forecast,
+    ),
+    (
+        "prediction-layers",
+        "Prediction, layer by layer",
+        "Where along the layers do activations before tuning foretell, and what of: the margin after, or its change?",
+        ("prediction", "runs"),
+        prediction_by_layer,
     ),
     ("direction", "A direction", "Does one direction tell bad from sound tuning on questions it was not fitted on?", ("direction",), _direction),
     ("projections", "Projections", "How do single questions fall along that direction?", ("projections",), _projections),
@@ -341,46 +328,3 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], Callable[[Folder], Drawn]
         _traits,
     ),
 )
-
-
-def _trained_on(folder: Folder, variants: pd.Series) -> pd.Series:
-    """ "before", or what the run was trained on ("money-bad"), so that a run has one colour on the whole page."""
-    if "runs" not in folder.tables:
-        return variants
-    runs = folder.tables["runs"].set_index("run")
-    return variants.map(runs["domain"].astype(str) + "-" + runs["content"].astype(str)).fillna(variants)
-
-
-def _tested(rows: pd.DataFrame, unit: str) -> list[str]:
-    """n, the test, its null and its correction, from the rows and what their attrs say of them."""
-    attrs: dict[Any, Any] = rows.attrs
-    method = str(attrs.get("correction", "an unnamed method"))
-    nulls = [null for null in dict.fromkeys(rows["null"]) if null]
-    within = f" in {_span(rows['n_clusters'])} categories" if "n_clusters" in rows and rows["n_clusters"].notna().any() else ""
-    lines = [f"n = {_span(rows['n'])} {unit}{within}; {attrs.get('what', 'estimate')}; intervals: {_told(attrs, 'interval')}."]
-    lines += [f"Null, {null}: {null_of(rows, null) or 'not described'}." for null in nulls]
-    told = attrs.get("family") or "all rows"
-    family = ", ".join(told) if isinstance(told, list) else told
-    lines.append(f"q is p corrected by {_CORRECTIONS.get(method, method)}; family: {family}; seed {attrs.get('seed', '–')}.")
-    floors = sorted(set(rows["p_floor"].dropna())) if "p_floor" in rows else []
-    if floors:
-        lines.append(f"Least p that the draws allow: {' or '.join(least(floor) for floor in floors)}.")
-    return lines
-
-
-def _told(attrs: dict[Any, Any], key: str) -> str:
-    return str(attrs.get(key) or "not described")
-
-
-def _span(values: pd.Series) -> str:
-    """`96`, or `90 to 96`."""
-    known = values.dropna()
-    if known.empty:
-        return "not given"
-    low, high = int(known.min()), int(known.max())
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def _only_main(folder: Folder, content: str | None = None) -> str:
-    shown, runs = len(folder.main_runs(content) or folder.main_runs()), len(folder.tables["runs"])
-    return f"Drawn: {shown} of {runs} runs (linear, first seed); the others are in the tables." if shown < runs else ""

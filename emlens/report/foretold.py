@@ -6,8 +6,12 @@ import numpy as np
 import pandas as pd
 
 from emlens.report.folder import Folder
+from emlens.report.forecast import ACTIVATIONS
 from emlens.report.words import (
+    AFTER,
     ALPHA,
+    BEYOND_BEFORE,
+    BEYOND_TEXT,
     NATS,
     Finding,
     Verdict,
@@ -26,6 +30,7 @@ from emlens.report.words import (
 
 _TARGETS = {"margin after": "the margin after tuning", "change of margin": "its change"}
 _CONTROL = "margin before"
+_GAINS = {"text": BEYOND_TEXT, "the margin before": BEYOND_BEFORE}
 _MAIN, _ACROSS, _ACROSS_CONTROL = "bad v sound", "across", "across, control"
 
 
@@ -41,17 +46,17 @@ def prediction(folder: Folder) -> Finding | None:
     said = []
     for target in _TARGETS:
         for run in main:
-            rows = table[(table["run"] == run) & (table["target"] == target) & (table["layer"] >= 0)]
-            plain = r2[(r2["run"] == run) & (r2["target"] == target) & (r2["layer"] < 0)]
-            layers, gain = rows[(rows["metric"] == "r2") & (rows["features"] == "activations")], rows[rows["metric"] == "delta_r2"]
+            rows = table[(table["run"] == run) & (table["target"] == target)]
+            mine = rows["features"] == ACTIVATIONS
+            layers, plain = rows[(rows["metric"] == "r2") & mine], rows[(rows["metric"] == "r2") & ~mine]
             if layers.empty:
                 continue
-            state, text = _foretold(layers, gain, plain)
+            state, text = _foretold(layers, {name: rows[rows["metric"] == metric] for name, metric in _GAINS.items()}, plain)
             said.append(f"{capital(target)}, {run}: {text}")
             states.setdefault(target, []).append(state)
     if not states:
         return None
-    read, words = _positive_control(r2[(r2["target"] == _CONTROL) & (r2["layer"] >= 0)])
+    read, words = _positive_control(r2[(r2["target"] == _CONTROL) & (r2["features"] == ACTIVATIONS)])
     said.insert(0, words)
     everything = [state for each in states.values() for state in each]
     none = set(everything) == {"none"}
@@ -68,24 +73,38 @@ def prediction(folder: Folder) -> Finding | None:
     overall: Verdict = of_all([state == "beyond" for state in everything])
     if overall == "not found" and not none:
         overall = "mixed"
-    said.append("q of R² is against targets permuted inside categories: beyond the category. “Beyond the margin before” asks for ΔR² with q < .05")
-    said.append("ΔR² is beyond the margin before, its square and its rank; a target that bends with it in another way can pass without more")
+    said.append(
+        "q of R² is against targets permuted inside categories: beyond the category. “Beyond” text or the margin before asks for ΔR², q < .05"
+    )
+    said.append("The margin before stands with its square and its rank; a target that bends with it in another way can pass without more")
     return Finding("Prediction from activations", overall, f"{capital(claim)}.", tuple(said), "prediction")
 
 
-def _foretold(layers: pd.DataFrame, gain: pd.DataFrame, plain: pd.DataFrame) -> tuple[str, str]:
-    """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond the margin before, the best baseline's R²."""
+def _foretold(layers: pd.DataFrame, gains: Mapping[str, pd.DataFrame], plain: pd.DataFrame) -> tuple[str, str]:
+    """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond text and beyond the margin before, rivals, ceiling.
+
+    "beyond" asks for both gains; a rival that is known only once another tuning was made takes nothing away.
+    """
     top = layers.loc[layers["estimate"].idxmax()]
     text = f"R² = {estimate(top)} at layer {int(top['layer'])} (best of {len(layers)}), {q_said(top)}, {sample(top, 'questions')}"
     state = "foretold" if top["q"] < ALPHA else "none"
-    if len(gain):
-        more = gain.loc[gain["estimate"].idxmax()]
-        text += f"; beyond the margin before, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {q_said(more)}"
-        state = "beyond" if state == "foretold" and more["q"] < ALPHA else state
-    if len(plain):
-        best = plain.loc[plain["estimate"].idxmax()]
+    passed = []
+    for name, gain in gains.items():
+        if len(gain):
+            more = gain.loc[gain["estimate"].idxmax()]
+            text += f"; beyond {name}, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {q_said(more)}"
+            passed.append(more["q"] < ALPHA)
+    state = "beyond" if state == "foretold" and passed and all(passed) else state
+    later = plain["features"].str.startswith(AFTER)
+    if (~later).any():
+        best = plain.loc[plain.loc[~later, "estimate"].idxmax()]
         text += f"; best baseline {best['features']} R² = {estimate(best)}"
         state = "beaten" if state != "none" and best["estimate"] >= top["estimate"] else state
+    if later.any():
+        each = [f"{row['features'].removeprefix(AFTER)} {number(row['estimate'])}" for _, row in plain[later].iterrows()]
+        text += f"; the same score after other tunings, R²: {listed(each)}"
+    ceiling = top.get("ceiling", np.nan)
+    text += f"; ceiling {number(ceiling)} (noise between seeds)" if np.isfinite(ceiling) else ""
     return state, text
 
 
@@ -108,13 +127,13 @@ def _claimed(what: str, states: Sequence[str]) -> str:
     if set(states) == {"none"}:
         return f"no evidence that activations before tuning foretell {what} beyond the category"
     if set(states) == {"beyond"}:
-        return f"activations before tuning foretell {what}, beyond the category and beyond the margin before"
+        return f"activations before tuning foretell {what}, beyond the category, text and the margin before"
     if set(states) == {"beaten"}:
         return f"activations before tuning foretell {what} beyond the category, but the best baseline does so as well or better"
     if set(states) == {"foretold"}:
-        return f"activations before tuning foretell {what} beyond the category; no evidence that they do beyond the margin before"
+        return f"activations before tuning foretell {what} beyond the category; no evidence that they do beyond text and the margin before"
     shown, beyond = sum(state != "none" for state in states), sum(state == "beyond" for state in states)
-    return f"activations foretell {what} beyond the category in {shown} of {len(states)} cases, beyond the margin before in {beyond}"
+    return f"activations foretell {what} beyond the category in {shown} of {len(states)} cases, beyond text and the margin before in {beyond}"
 
 
 # ---- a direction

@@ -88,7 +88,7 @@ class Study:
         return folder
 
     def _tables(self, folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-        from . import analyse, moves
+        from . import analyse, foretelling, moves
         from .grid import halves
         from .measure import BEFORE, DRAWN, Bench
 
@@ -100,8 +100,9 @@ class Study:
         points = bench.checkpoints(margins)
         first, after, training_before, training_after = bench.record()
         before = first[BEFORE]
-        directions = bench.directions(after)
-        steered = bench.steer(directions, bench.control_directions(after), before)
+        twin = bench.random_twin()
+        arms = bench.arms(after, before)
+        steered = bench.steer(arms)
 
         shift = {run: acts - before for run, acts in after.items()}
         domain = {c.label: c.domain for c in bench.grid}
@@ -111,7 +112,7 @@ class Study:
         k, draws, n_perm, pairs, layers = ask["k"], ask["n_draws"], ask["n_permutations"], bench.steered_pairs, config["steer"]["layers"]
 
         traits = moves.trait_directions(bench)
-        damage = moves.damage(bench, directions, bench.control_directions(after), before, DRAWN)
+        damage = moves.damage(bench, arms, DRAWN)
 
         def analysis(name: str, settings: Mapping[str, Any], make: Any) -> pd.DataFrame:
             return bench.pieces.table("analysis", name, {"inputs": inputs, "name": name, "settings": dict(settings), "seed": seed}, make)
@@ -136,12 +137,12 @@ class Study:
             ),
             "prediction": analysis(
                 "prediction", config["predict"],
-                lambda: analyse.prediction_table(before, margins, pairs, config["predict"]["baselines"], config["predict"]["n_permutations"], seed),
+                lambda: foretelling.prediction_table(before, margins, bench.grid, pairs, **config["predict"], seed=seed, twin=twin),
             ),
             "direction": analysis(
                 "direction", config["steer"], lambda: analyse.direction_table(after, bench.grid, pairs, config["steer"]["n_permutations"], seed)
             ),
-            "projections": moves.projections_table(before, after, pairs, directions, layers, halves(bench.questions)[1]["id"]),
+            "projections": moves.projections_table(before, after, pairs, arms.domains, layers, halves(bench.questions)[1]["id"]),
             **moves.dose_tables(steered, seed, DRAWN),
             "dose_damage": damage,
             "traits": moves.traits_table(shift, traits, before, seed),

@@ -12,7 +12,6 @@ from ..activations import Activations
 from ..directions import mean_difference
 from ..dynamics import HELD_OUT
 from ..geometry import overlap, split_half_overlap
-from ..prediction import predict
 from ..separation import held_out_separation, transferred_separation
 from ..shifts import overlap_similarity, shift_agreement, shift_norms, similarity, similarity_contrast, split_half_similarity
 from ..tuning import Run
@@ -33,7 +32,7 @@ def runs_table(grid: Sequence[Cell], runs: Mapping[str, Run], margins: pd.DataFr
     for cell in grid:
         run = runs[cell.label]
         first, last = run.checkpoints.iloc[0], run.checkpoints.iloc[-1]
-        before, after = _of(margins, BEFORE), _of(margins, cell.label)
+        before, after = of_variant(margins, BEFORE), of_variant(margins, cell.label)
         low, high = stats.bootstrap_interval(after["margin"].to_numpy(), clusters=after["category"].to_numpy(), seed=seed)
         drop, reach = last["heldout_drop"], drop_reach(last["heldout_drop_se"], run.config["n_heldout"])
         rows.append(
@@ -110,7 +109,7 @@ def margin_change(grid: Sequence[Cell], margins: pd.DataFrame, seed: int) -> pd.
         roles.append("control")
     rows = []
     for (cell, comparison, first, second), role in zip(pairs, roles, strict=True):
-        x, y = _of(margins, first), _of(margins, second)
+        x, y = of_variant(margins, first), of_variant(margins, second)
         if x["id"].tolist() != y["id"].tolist():
             raise ValueError(f"{first} and {second} were scored on different questions")
         found = stats.paired(x["margin"].to_numpy(), y["margin"].to_numpy(), clusters=x["category"].to_numpy(), seed=seed)
@@ -250,45 +249,7 @@ def agreement_tables(questions: Shifts, grid: Sequence[Cell], seed: int) -> dict
     return {name: pd.concat(parts, ignore_index=True)[keep] if parts else pd.DataFrame(columns=keep) for name, (parts, keep) in columns.items()}
 
 
-# ---- prediction and directions
-
-
-def prediction_table(
-    before: Activations, margins: pd.DataFrame, pairs: Sequence[tuple[Cell, Cell]], baselines: Sequence[str], n_permutations: int, seed: int
-) -> pd.DataFrame:
-    """The margin after a bad tuning, and its change, from activations before it; whole categories held out; rivals in the same folds.
-
-    Positive control: the same call and folds ask for the margin *before* (run "before"), which activations before tuning give rise to.
-    A design that cannot read it says nothing of what comes after. ``delta_r2`` sets activations beside the margin before, its square and
-    its rank: a target that bends with the margin would else look as if activations added to it.
-    """
-    parts: list[pd.DataFrame] = []
-    known = _of(margins, BEFORE).set_index("id")["margin"].rename("margin before")
-    shared: dict[str, Any] = {"groups": "category", "n_permutations": n_permutations, "seed": seed}
-    for bad, _ in pairs:
-        after = _of(margins, bad.label).set_index("id")["margin"].rename("margin after")
-        facts = pd.concat([known, after, (after - known).rename("change of margin")], axis=1).reset_index()
-        acts = before.with_facts(facts)
-        if not parts:
-            others = tuple(name for name in baselines if name != "margin before")
-            control = predict(acts, "margin before", baselines=others, metrics=("r2", "within_spearman"), **shared)
-            parts.append(control.assign(run=BEFORE, target="margin before"))
-        for target in ("margin after", "change of margin"):
-            metrics = ("r2", "within_spearman", "delta_r2")
-            found = predict(acts, target, baselines=tuple(baselines), metrics=metrics, beyond=margin_before_bent, **shared)
-            parts.append(found.assign(run=bad.label, target=target))
-    for part in parts:
-        part["features"] = part["features"].where(part["layer"] < 0, "activations")
-        part["p_floor"] = 1 / (n_permutations + 1)
-    what = "out-of-fold prediction from activations before tuning (ridge, whole categories held out)"
-    settings = [1, *[2 * len(pairs)] * (2 * len(pairs))]
-    return stacked(parts, ["run", "target", "features", "layer"], None, like=found, what=what, settings=settings)
-
-
-def margin_before_bent(facts: pd.DataFrame) -> pd.DataFrame:
-    """The margin before, its square about the mean and its rank."""
-    margin = facts["margin before"]
-    return pd.DataFrame({"margin": margin, "square": (margin - margin.mean()) ** 2, "rank": margin.rank()})
+# ---- directions
 
 
 def direction_table(
@@ -354,7 +315,7 @@ def _every_second(acts: Activations, n: int) -> Activations:
     return acts.select(ids=acts.ids.iloc[::2].head(n))
 
 
-def _of(margins: pd.DataFrame, variant: str) -> pd.DataFrame:
+def of_variant(margins: pd.DataFrame, variant: str) -> pd.DataFrame:
     return margins[margins["variant"] == variant].reset_index(drop=True)
 
 

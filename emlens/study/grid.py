@@ -17,8 +17,10 @@ SHIPPED = Path(__file__).parent
 COLUMNS = ("category", "question", "aligned_answers", "misaligned_answers")
 """What a study reads of every question."""
 
-BASELINES = ("mean", "category", "length", "tfidf", "tfidf_chars", "embedding", "margin before")
-"""Rivals of the prediction that a study knows by name, one block each; numeric columns of the questions are others."""
+OTHER_TUNINGS, RANDOM_TWIN = "other tunings", "random twin"
+BASELINES = ("mean", "category", "length", "tfidf", "tfidf_chars", "embedding", "margin before", OTHER_TUNINGS, RANDOM_TWIN)
+"""Rivals of the prediction that a study knows by name; numeric columns of the questions are others. The last two: the same score in the other
+runs of the grid, and the same place in a randomly initialised model of the same shape (a second model in memory while it is recorded)."""
 
 
 class StudyError(ValueError):

@@ -164,8 +164,8 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
     "predict": {
         "n_permutations": Key(200, "of the target", _count(1)),
         "baselines": Key(
-            ["mean", "category", "length", "tfidf", "margin before"],
-            "rivals in the same folds; a numeric column of the questions is one too",
+            ["mean", "category", "length", "tfidf", "margin before", "other tunings", "random twin"],
+            "rivals in the same folds; a numeric column of the questions is one too; a random twin is a second model in memory",
             _list_of(lambda v: isinstance(v, str), "names"),
         ),
     },

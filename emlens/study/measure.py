@@ -13,12 +13,12 @@ from ..directions import Direction, mean_difference, random_directions
 from ..dynamics import HELD_OUT, checkpoint_margins
 from ..laws import ENGINE_LAWS, LAWS, doctor
 from ..loading import identify
-from ..models import HookedModel, load_model
+from ..models import HookedModel, load_model, random_twin
 from ..prompts import fingerprint
 from ..steering import steered_margins
 from ..tuning import LAYOUT, Run, finetune, planned
-from .grid import PAIR_KINDS, Cell, StudyError, cells, evenly, halves, questions_of, same_content, training_of, twins
-from .moves import move_weights
+from .grid import PAIR_KINDS, RANDOM_TWIN, Cell, StudyError, cells, evenly, halves, questions_of, same_content, training_of, twins
+from .moves import Arms, move_weights
 from .pieces import Pieces
 
 BEFORE = "before"
@@ -69,6 +69,8 @@ class Bench:
         trained = read * self.config["record"]["training_prompts"]
         written = 0.01 * self.config["generate"]["questions"] * self.config["generate"]["max_new_tokens"]
         weights = {"certificate": 25.0, f"margins {BEFORE}": scored * n, f"answers {BEFORE}": written, f"questions {BEFORE}": read * n}
+        if RANDOM_TWIN in self.config["predict"]["baselines"]:
+            weights[f"questions {RANDOM_TWIN}"] = 3.0 + read * n
         for domain in {c.domain for c in self.grid}:
             weights[f"training prompts {domain} {BEFORE}"] = trained
         for cell in self.grid:
@@ -204,6 +206,19 @@ class Bench:
             after[cell.label] = self._acts(cell.label, "training prompts", prompts)
         return {BEFORE: questions.pop(BEFORE)}, questions, before, after
 
+    def random_twin(self) -> Activations | None:
+        """The questions in a randomly initialised model of the same shape, where the prediction is to be set beside it."""
+        if RANDOM_TWIN not in self.config["predict"]["baselines"]:
+            return None
+        seed, where = int(self.config.get("seed", 0)), {"site": self.config["record"]["site"], "position": self.config["record"]["position"]}
+        determined = {**self._variant(BEFORE), "random_init": seed, "prompts": prompts_digest(self.questions), **where}
+
+        def write(folder: Path) -> None:
+            self._on(BEFORE)
+            random_twin(self.model, seed).record(self.questions, **where).save(folder)
+
+        return Activations.load(self.pieces.own_folder("activations", f"questions {RANDOM_TWIN}", determined, write))
+
     def _acts(self, label: str, what: str, prompts: pd.DataFrame) -> Activations:
         where = {"site": self.config["record"]["site"], "position": self.config["record"]["position"]}
         determined = {**self._variant(label), "prompts": prompts_digest(prompts), **where}
@@ -234,22 +249,25 @@ class Bench:
                 return {f"{kind} ({one.domain}-{one.content})": mean_difference(a, b, name=f"{one.domain}: two seeds")}
         return {}
 
-    def steer(self, directions: Mapping[str, Direction], controls: Mapping[str, Direction], before: Activations) -> dict[str, pd.DataFrame]:
+    def arms(self, questions: Mapping[str, Activations], before: Activations) -> Arms:
+        """What is steered along; the random directions are drawn from the covariance of ``before``."""
+        domains = self.directions(questions)
+        like, seed = next(iter(domains.values())), int(self.config.get("seed", 0))
+        random = random_directions(like, self.config["steer"]["controls"], seed, before)
+        return Arms(domains, self.control_directions(questions), {f"random {i}": direction for i, direction in enumerate(random)})
+
+    def steer(self, arms: Arms) -> dict[str, pd.DataFrame]:
         """Per domain: margins of held-out questions on the untuned model under the direction and under random directions (shared by the domains).
 
-        Random directions are drawn from the covariance of ``before``; ``controls`` are steered along and get an entry each.
+        ``arms.controls`` are steered along and get an entry each.
         """
         ask, precision = self.config["steer"], self.config["score"].get("precision")
         _, test = halves(self.questions)
         subset = evenly(test, ask["questions"])
         shared = {**self._variant(BEFORE), "questions": fingerprint(subset), "precision": precision}
         random: list[pd.DataFrame] = []
-        own: dict[str, list[pd.DataFrame]] = {domain: [] for domain in directions}
-        arms = dict(directions)
-        like = next(iter(directions.values()))
-        draws = {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], int(self.config.get("seed", 0)), before))} | dict(
-            controls
-        )
+        own: dict[str, list[pd.DataFrame]] = {domain: [] for domain in arms.domains}
+        draws = {**arms.random, **arms.controls}
 
         def piece(label: str, arm: Mapping[str, Direction], said: Any, layer: int, strength: float) -> pd.DataFrame:
             determined = {**shared, "direction": said, "layer": layer, "strength": strength}
@@ -264,13 +282,13 @@ class Bench:
             for strength in ask["strengths"]:
                 said = {name: store.digest_text(d.layer(layer).tobytes().hex()) for name, d in draws.items()}
                 random.append(piece("random", draws, said, layer, strength))
-                for domain, direction in arms.items():
+                for domain, direction in arms.domains.items():
                     digest = store.digest_text(direction.layer(layer).tobytes().hex())
                     own[domain].append(piece(domain, {"direction": direction}, digest, layer, strength))
         drawn = pd.concat(random, ignore_index=True)
-        plain = drawn[~drawn["direction"].isin(list(controls))]
+        plain = drawn[drawn["direction"].isin(list(arms.random))]
         found = {domain: pd.concat([*tables, plain], ignore_index=True) for domain, tables in own.items()}
-        for name in controls:
+        for name in arms.controls:
             along = drawn[drawn["direction"] == name].assign(direction="direction")
             found[name] = pd.concat([along, plain], ignore_index=True)
         return found
@@ -282,7 +300,7 @@ def analysis_weights(config: Mapping[str, Any], runs: int, pairs: int) -> dict[s
         "overlap": (1.2 + 0.5 * config["geometry"]["n_draws"] / 1000 + 0.02 * min(config["geometry"]["n_draws"], 200)) * pairs,
         "similarity": 0.1 * runs,
         "overlap against similarity": (0.3 + 0.1 * config["geometry"]["n_permutations"] / 1000) * runs,
-        "prediction": 6.0 * pairs * config["predict"]["n_permutations"] / 200,
+        "prediction": 10.0 * pairs * config["predict"]["n_permutations"] / 200,
         "direction": 0.85 * pairs * config["steer"]["n_permutations"] / 1000,
     }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,14 @@ layers) had to be there before q could be below .05; now five."""
 
 SITE = "resid_post"
 NULL = "random directions"
+
+
+class Arms(NamedTuple):
+    """What a study steers along: each domain's direction, the directions without content beside them, and random ones that all share."""
+
+    domains: Mapping[str, Direction]
+    controls: Mapping[str, Direction]
+    random: Mapping[str, Direction]
 
 
 def move_weights(config: Mapping[str, Any], pairs: int) -> dict[str, float]:
@@ -82,33 +90,32 @@ def traits_table(shifts: Mapping[str, Activations], directions: Mapping[str, Dir
     ).assign(p_floor=2 / (DRAWS + 1))  # fmt: skip
 
 
-def damage(bench: "Bench", directions: Mapping[str, Direction], controls: Mapping[str, Direction], before: Activations, drawn: str) -> pd.DataFrame:
+def damage(bench: "Bench", arms: Arms, drawn: str) -> pd.DataFrame:
     """KL, perplexity and fluency on neutral texts under the doses of :meth:`Bench.steer`, the same random directions beside them."""
     ask, seed = bench.config["steer"], int(bench.config.get("seed", 0))
-    like = next(iter(directions.values()))
-    own = {**directions, **controls}
-    arms = own | {f"random {i}": d for i, d in enumerate(random_directions(like, ask["controls"], seed, before))}
+    own = {**arms.domains, **arms.controls}
+    every = own | dict(arms.random)
     texts = neutral_texts().head(TEXTS)
     shared = {**bench._variant(BEFORE), "texts": store.digest_text(store.canonical(texts.to_dict("records"))), "new_tokens": NEW_TOKENS}
     parts = []
     for layer in ask["layers"]:
-        said = {name: store.digest_text(d.layer(layer).tobytes().hex()) for name, d in arms.items()}
+        said = {name: store.digest_text(d.layer(layer).tobytes().hex()) for name, d in every.items()}
         for strength in ask["strengths"]:
 
             def make(layer: int = layer, strength: float = strength) -> pd.DataFrame:
                 bench._on(BEFORE)
-                read = along(bench.model, arms, [layer], [strength], Meter(bench.model, texts, None, NEW_TOKENS).read)
+                read = along(bench.model, every, [layer], [strength], Meter(bench.model, texts, None, NEW_TOKENS).read)
                 return read.rename(columns={"direction": "arm"})
 
             determined = {**shared, "directions": said, "layer": layer, "strength": strength}
             parts.append(bench.pieces.table("damage", f"damage layer {layer} strength {strength}", determined, make))
     found = pd.concat(parts, ignore_index=True).assign(category="")
-    random = found["arm"].str.startswith("random ")
+    random = found["arm"].isin(list(arms.random))
     tables = []
     for name in own:
         table = found[random | (found["arm"] == name)]
         table = table.assign(direction=table["arm"].where(table["arm"] != name, "direction"))
-        role = "control" if name in controls else "main"
+        role = "control" if name in arms.controls else "main"
         for metric in METRICS:
             one = summarise(table, seed=seed, drawn=drawn, metric=metric, value=metric)
             told = dict(one.attrs)
