@@ -373,7 +373,7 @@ class _Maker:
             )
         keys = ["run", "target", "features", "layer"]
         told = {"permuted within category": "scores permuted within category, 200 draws, greater"}
-        return self.result(rows, keys, "pooled out-of-fold prediction", correction="max-statistic", null=told)
+        return self.result(rows, keys, "pooled out-of-fold prediction", correction="max-statistic", null=told, ceiling="1 - noise / variance")
 
     def direction(self) -> pd.DataFrame:
         rows = []

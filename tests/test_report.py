@@ -331,6 +331,24 @@ def test_a_baseline_within_the_interval_is_not_beaten(effect):
     assert finding.verdict == "mixed" and "no evidence that they do beyond text and the margin before" in finding.claim
 
 
+def test_the_forecast_draws_the_best_layer_beside_the_null_of_the_best_and_every_rival(effect):
+    folder = opened(effect)
+    table = folder.tables["prediction"]
+    drawn = next(section for section in sections(folder) if section.name == "prediction").rows
+    assert list(drawn["panel"].unique()) == ["positive control: margin before", "margin after, money-bad", "margin after, repair-bad"]
+    money = drawn[drawn["panel"] == "margin after, money-bad"].set_index("line")
+    here = table[(table["run"] == "money-bad linear seed 0") & (table["target"] == "margin after")]
+    of = here[(here["metric"] == "r2") & (here["features"] == "activations")]
+    top = of.loc[of["estimate"].idxmax()]
+    row = money.loc["activations before"]
+    assert row["estimate"] == top["estimate"] and row["at"] == f"best of 12: layer {top['layer']}" and row["kind"] == "R² of activations"
+    assert (row["null_low"], row["null_high"]) == (-0.05, 0.11), "not the null of one layer, -0.15 to 0.06"
+    assert money.loc[["category", "length", "text (TF-IDF)", "margin before"], "kind"].eq("R² of rivals").all() and money.loc["length", "at"] == ""
+    assert money.loc["another seed", "kind"] == "R² of what only another tuning tells" and money.loc["random twin's activations", "at"].startswith("best")
+    assert money.loc[["added to text", "added to margin before"], "kind"].eq("ΔR² of activations").all() and money["ceiling"].eq(0.9).all()
+    assert "mean" not in money.index and money.index.is_unique and drawn.loc[drawn["trained on"] == "repair-bad", "ceiling"].isna().all()
+
+
 def test_a_rival_that_comes_after_is_shown_and_takes_nothing_away(effect):
     def known(name):
         def change(table):

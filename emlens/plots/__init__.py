@@ -237,7 +237,7 @@ def forest(
     """
     style.require(result, [*label, "estimate", "low", "high", *(name for name in (color, facet) if name)])
     colours, frames = style.colours(result, color), style.facets(result, facet)
-    fig, panels = style.stack(list(frames), x_title, [""] * len(frames), height=46 * max(len(frame) for frame in frames.values()))
+    fig, panels = style.stack(list(frames), x_title, [""] * len(frames), height=[max(46 * len(frame), 60) for frame in frames.values()])
     for panel, frame in zip(panels, frames.values(), strict=True):
         panel.bars(frame, style.labels(frame, label), lowest)
         for (shade, _), one in style.series(frame, color, None):

@@ -215,16 +215,18 @@ class Panel:
             self.add(go.Scatter(**ends, name="ceiling", legendgroup="ceiling", showlegend=self.new("ceiling")))
 
 
-def stack(titles: Sequence[str], x_title: str, y_titles: Sequence[str], height: int = 230) -> tuple[go.Figure, list[Panel]]:
-    """An empty figure of panels one under another with one x axis (so they stay readable on a phone)."""
+def stack(titles: Sequence[str], x_title: str, y_titles: Sequence[str], height: int | Sequence[int] = 230) -> tuple[go.Figure, list[Panel]]:
+    """An empty figure of panels one under another with one x axis (so they stay readable on a phone); `height` of each, or of all."""
     n = len(titles)
     top, bottom = (34 if any(titles) else 10), 56 + LEGEND_HEIGHT
-    tall = top + n * height + (n - 1) * 45 + bottom
+    heights = [height] * n if isinstance(height, int) else list(height)
+    tall = top + sum(heights) + (n - 1) * 45 + bottom
     fig = make_subplots(
         rows=n,
         cols=1,
         shared_xaxes=True,
         subplot_titles=[safe(title) for title in titles] if any(titles) else None,
+        row_heights=heights,
         vertical_spacing=45 / (tall - top - bottom) if n > 1 else 0,
     )
     fig.update_layout(template=TEMPLATE, autosize=True, height=tall, margin={"t": top, "b": bottom})

@@ -10,7 +10,7 @@ from emlens.report.words import AFTER, BEYOND_BEFORE, BEYOND_TEXT, capital
 ACTIVATIONS = "activations"
 _TARGETS = ("margin before", "margin after")
 _LOWEST = -0.5
-_BEFORE, _RIVAL, _AFTERWARDS, _ADDED = "activations before tuning", "rivals known before tuning", "known only after another tuning", "ΔR², added"
+_MINE, _RIVAL, _AFTERWARDS, _ADDED = "R² of activations", "R² of rivals", "R² of what only another tuning tells", "ΔR² of activations"
 _IN_WORDS = {
     ACTIVATIONS: "activations before",
     "tfidf": "text (TF-IDF)",
@@ -34,7 +34,7 @@ def forecast(folder: Folder) -> Drawn:
     rows = rows[rows["line"] != "mean"]
     best = rows.loc[rows.groupby(["run", "target", "line"], sort=False)["estimate"].idxmax()]
     control = best["target"] == _TARGETS[0]
-    kind = pd.Series(_RIVAL, best.index).mask(best["line"] == ACTIVATIONS, _BEFORE)
+    kind = pd.Series(_RIVAL, best.index).mask(best["line"] == ACTIVATIONS, _MINE)
     kind = kind.mask(best["line"].str.startswith(AFTER), _AFTERWARDS).mask(best["added"], _ADDED)
     layers = rows[rows["layer"] >= 0].groupby(["run", "target", "line"], sort=False)["layer"].nunique()
     of = [layers.get((run, target, line), 0) for run, target, line in best[["run", "target", "line"]].itertuples(index=False)]
@@ -47,7 +47,7 @@ def forecast(folder: Folder) -> Drawn:
     for end in ("low", "high"):  # what the best of several layers is to be set beside
         if f"best_null_{end}" in drawn:
             drawn[f"null_{end}"] = drawn[f"best_null_{end}"]
-    order = {name: place for place, name in enumerate((_BEFORE, _RIVAL, _AFTERWARDS, _ADDED))}
+    order = {name: place for place, name in enumerate((_MINE, _RIVAL, _AFTERWARDS, _ADDED))}
     runs_in_order = {run: place for place, run in enumerate(["before", *runs])}
     drawn = drawn.sort_values(["run", "kind"], kind="stable", key=lambda names: names.map(order | runs_in_order))
     figure = plots.forest(drawn, ["line", "at"], color="kind", facet="panel", x_title="out-of-fold R², and ΔR²", lowest=_LOWEST)
