@@ -344,7 +344,9 @@ def test_the_forecast_draws_the_best_layer_beside_the_null_of_the_best_and_every
     assert row["estimate"] == top["estimate"] and row["at"] == f"best of 12: layer {top['layer']}" and row["kind"] == "R² of activations"
     assert (row["null_low"], row["null_high"]) == (-0.05, 0.11), "not the null of one layer, -0.15 to 0.06"
     assert money.loc[["category", "length", "text (TF-IDF)", "margin before"], "kind"].eq("R² of rivals").all() and money.loc["length", "at"] == ""
-    assert money.loc["another seed", "kind"] == "R² of what only another tuning tells" and money.loc["random twin's activations", "at"].startswith("best")
+    assert money.loc["another seed, after", "kind"] == "R² of what only another tuning tells" and money.loc[
+        "random twin's activations", "at"
+    ].startswith("best")
     assert money.loc[["added to text", "added to margin before"], "kind"].eq("ΔR² of activations").all() and money["ceiling"].eq(0.9).all()
     assert "mean" not in money.index and money.index.is_unique and drawn.loc[drawn["trained on"] == "repair-bad", "ceiling"].isna().all()
 

@@ -41,7 +41,7 @@ def forecast(folder: Folder) -> Drawn:
     drawn = best.assign(
         panel=("margin after, " + best["trained on"].astype(str)).mask(control, "positive control: margin before"),
         kind=kind,
-        line=[_IN_WORDS.get(line, line.removeprefix(AFTER)) for line in best["line"]],
+        line=[_IN_WORDS.get(line, f"{line.removeprefix(AFTER)}, after" if line.startswith(AFTER) else line) for line in best["line"]],
         at=[f"best of {n}: layer {layer}" if n else "" for layer, n in zip(best["layer"], of, strict=True)],
     ).drop(columns="added")
     for end in ("low", "high"):  # what the best of several layers is to be set beside
