@@ -11,11 +11,10 @@ from jaxtyping import Float, Int
 from . import nulls as null_draws
 from ._sides import check_same_layers, facts_column
 from .activations import Activations
-from .covariance import Population, covariance_overlaps, population
+from .covariance import covariance_overlaps, population
 from .measures import Measure, measure_named
 from .resampling import codes_of
 from .subspaces import Sample, common_coordinates, n_components
-from .threads import side_by_side
 
 Halves: TypeAlias = list[tuple[Sample, Sample]]
 Splits: TypeAlias = list[tuple[Int[np.ndarray, " half"], Int[np.ndarray, " half"]]]
@@ -254,13 +253,10 @@ def _covariance(sides: Sides, n_draws: int, seed: int, reference: Activations) -
     most = max(_ENOUGH, 4 * sides.b.n_prompts)
     if reference.n_prompts > most:
         reference = reference[np.sort(np.random.default_rng(seed).permutation(reference.n_prompts)[:most])]
-    width = max(k for k, _ in sides.sizes)
-
-    def of_layer(samples: tuple[Sample, ...]) -> tuple[Population, float]:
-        a, _, rows = samples
-        return population(rows.x, a.basis, reference.d_model, width), sides.measure.of(a, rows)
-
-    populations, own = zip(*side_by_side(of_layer, sides.layers(reference)), strict=True)
+    width, populations, own = max(k for k, _ in sides.sizes), [], []
+    for a, _, rows in sides.layers(reference):
+        populations.append(population(rows.x, a.basis, reference.d_model, width))
+        own.append(sides.measure.of(a, rows))
     return covariance_overlaps(
         populations, np.array(own), [k for _, k in sides.sizes], sides.b.n_prompts, reference.n_prompts, sides.measure, n_draws, seed
     )
@@ -273,24 +269,20 @@ def _reference(sides: Sides, n_draws: int, seed: int, reference: Activations) ->
     if not fresh:
         raise ValueError("the reference holds no prompt that is not in b: give unrelated prompts, best several times as many as b")
     rows = list(null_draws.subsamples(sides.b.n_prompts + len(fresh), sides.b.n_prompts, n_draws, seed))
-
-    def of_layer(samples: tuple[Sample, ...]) -> list[float]:
-        a, b, others = samples
+    found = []
+    for a, b, others in sides.layers(reference[fresh]):
         pool = Sample(np.concatenate([b.x, others.x]), b.k)
-        return [sides.measure.of(a, pool.part(chosen)) for chosen in rows]
-
-    return np.array(list(side_by_side(of_layer, sides.layers(reference[fresh])))).T
+        found.append([sides.measure.of(a, pool.part(chosen)) for chosen in rows])
+    return np.array(found).T
 
 
 def _labels(sides: Sides, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:
     rows = list(null_draws.dealt_out(sides.a.n_prompts, sides.b.n_prompts, n_draws, seed, sides.same_prompts, _of_both(sides)))
-
-    def of_layer(samples: tuple[Sample, ...]) -> list[float]:
-        a, b = samples
+    found = []
+    for a, b in sides.layers():
         pool = Sample(np.concatenate([a.x, b.x]), a.k)
-        return [sides.measure.of(pool.part(one), pool.part(other, b.k)) for one, other in rows]
-
-    return np.array(list(side_by_side(of_layer, sides.layers()))).T
+        found.append([sides.measure.of(pool.part(one), pool.part(other, b.k)) for one, other in rows])
+    return np.array(found).T
 
 
 def _pairs(sides: Sides, n_draws: int, seed: int) -> Float[np.ndarray, "draws layer"]:

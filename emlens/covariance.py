@@ -6,7 +6,7 @@ does not (d_model larger than the reference set), rows along the reference's axe
 else in one Wishart matrix more. The random numbers are shared by all layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import Float
 from .measures import Measure
 from .nulls import wishart
 from .subspaces import arcsine, common_coordinates, from_arcsine, leading_eigenvectors
-from .threads import side_by_side
 
 
 def ledoit_wolf(x: Float[np.ndarray, "prompt coordinate"], d_model: int | None = None) -> tuple[float, float]:
@@ -68,26 +67,21 @@ def sampled_overlaps(
     if measure.of_inner is None:
         raise ValueError(f"{measure.name} does not compare two subspaces: it has no draws of this kind")
     n_axes, others = len(populations[0].spread), populations[0].others
-    of_inner = measure.of_inner
-
-    def drawn() -> Iterator[tuple[np.ndarray, ...]]:
-        for _ in range(n_draws):
-            yield (rng.standard_normal((n - 1, n_axes)), wishart(others, n - 1, 1, rng)[0]) if others else (wishart(n - 1, n_axes, 1, rng)[0],)
-
-    def of_draw(numbers: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-        found = []
-        for one, k in zip(populations, sizes, strict=True):
+    out = np.empty((n_draws, len(populations)))
+    for draw in out:
+        if others:
+            rows, beyond = rng.standard_normal((n - 1, n_axes)), wishart(others, n - 1, 1, rng)[0]
+        else:
+            scatter = wishart(n - 1, n_axes, 1, rng)[0]
+        for i, (one, k) in enumerate(zip(populations, sizes, strict=True)):
             if others:
-                rows, beyond = numbers
                 inside = rows * one.spread
                 values, vectors = leading_eigenvectors(inside @ inside.T + one.rest * beyond, k)
                 basis = inside.T @ (vectors / np.sqrt(values))
             else:
-                basis = leading_eigenvectors(numbers[0] * one.spread * one.spread[:, None], k)[1]
-            found.append(of_inner(one.inside.T @ basis))
-        return found
-
-    return np.array(list(side_by_side(of_draw, drawn())))
+                basis = leading_eigenvectors(scatter * one.spread * one.spread[:, None], k)[1]
+            draw[i] = measure.of_inner(one.inside.T @ basis)
+    return out
 
 
 def covariance_overlaps(

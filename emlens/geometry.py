@@ -15,12 +15,12 @@ from jaxtyping import Float
 
 from . import nulls as null_draws
 from . import stats
-from ._draws import Clusters, Halves, Sides, groups_of, nulls_asked
+from ._draws import Clusters, Sides, groups_of, nulls_asked
 from ._sides import both_places, check_same_layers, layer_rows, split_half_result
 from .activations import Activations
 from .measures import measure_named
 from .subspaces import Sample, angles, cosines, explained_energy, half_sample_interval, principal_subspace
-from .threads import one_thread, side_by_side
+from .threads import one_thread
 
 
 @one_thread
@@ -218,14 +218,10 @@ def _interval(
     splits = sides.splits(n_splits, seed)
     spans, degrees = sides.halves_span(splits), sides.degrees(n_splits)
     if any(spans):
-
-        def of_layer(found: tuple[bool, tuple[Halves, Halves]]) -> np.ndarray:
-            spanned, (a, b) = found
-            return np.array([[how.of(x, y) for x, y in zip(*split, strict=True)] for split in zip(a, b, strict=True)] if spanned else [])
-
-        for i, halves in enumerate(side_by_side(of_layer, zip(spans, sides.halves(splits), strict=True))):
+        for i, (a, b) in enumerate(sides.halves(splits)):
             if spans[i]:
                 m = min(sides.sizes[i])
+                halves = np.array([[how.of(x, y) for x, y in zip(*split, strict=True)] for split in zip(a, b, strict=True)])
                 ends[:, i] = how.unshare(half_sample_interval(float(how.share(observed[i], m)), how.share(halves, m), level, degrees), m)
     return ends[0], ends[1]
 

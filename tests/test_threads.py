@@ -3,12 +3,10 @@
 import threading
 import time
 
-import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from emlens import _draws, covariance, geometry, threads
-from emlens.activations import Activations
+from emlens import threads
 
 
 def test_results_come_in_the_order_of_the_items_whoever_is_done_first(monkeypatch):
@@ -63,15 +61,3 @@ def test_one_thread_holds_blas_to_one_and_gives_it_back():
 
     before = allowed()
     assert set(threads.one_thread(allowed)()) == {1} and allowed() == before
-
-
-def test_every_null_and_the_interval_are_those_of_one_layer_after_another(monkeypatch):
-    rng = np.random.default_rng(0)
-    sides = [rng.standard_normal((n, 5, 24)).astype(np.float32) * np.arange(1, 25) ** -0.5 for n in (40, 30, 90)]
-    a, b, reference = (Activations.from_array(v, {"id": [f"{n}{i}" for i in range(len(v))]}) for n, v in zip("abr", sides, strict=True))
-    asked = {"nulls": ("isotropic", "covariance", "labels", reference), "reference": reference, "n_draws": 30, "ceiling": True}
-    monkeypatch.setattr(threads.os, "cpu_count", lambda: 4)
-    many = geometry.overlap(a, b, 3, **asked)
-    for room in (_draws, covariance, geometry):
-        monkeypatch.setattr(room, "side_by_side", lambda work, items, most=None: map(work, items))
-    assert geometry.overlap(a, b, 3, **asked).equals(many)
