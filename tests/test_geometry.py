@@ -1,6 +1,5 @@
 """Guards subspaces: angles as scipy's, known overlaps, nulls that hold and nulls that fall."""
 
-import time
 import warnings
 
 import numpy as np
