@@ -145,7 +145,7 @@ def test_the_margin_before_is_asked_for_in_the_same_folds(finished):
     control = table[table["target"] == "margin before"]
     assert set(control["run"]) == {"before"} and set(control.query("layer >= 0")["metric"]) == {"r2", "within_spearman"}
     assert "margin before" not in set(control["features"]) and "margin before" in set(table["features"])
-    assert set(table["features"]) == {"activations", "random twin", "mean", "length", "margin before", "after: its twin", "after: another schedule"}
+    assert set(table["features"]) == {"activations", "random twin", "mean", "length", "margin before", "after: sound twin", "after: another schedule"}
     assert not control["features"].str.startswith("after: ").any() and table["ceiling"].isna().all(), "no set was tuned with two seeds"
     gains = table[table["metric"].str.startswith("delta_r2")]
     assert set(gains["metric"]) == {"delta_r2 beyond text", "delta_r2 beyond the margin before"} and set(gains["features"]) == {"activations"}
@@ -190,6 +190,17 @@ def test_a_second_seed_gives_the_ceiling_and_is_a_rival():
     empty = prediction_table(acts.with_facts(pd.DataFrame({"id": ids})), margins.assign(margin=rng.permutation(margins["margin"])), grid,
                              twins(grid)[:1], ["mean"], 99, 0)  # fmt: skip
     assert (empty.loc[empty["layer"] >= 0, "q"] > 0.05).all()
+
+
+def test_the_random_twin_is_recorded_once_and_only_where_it_is_asked_for(study_file, tmp_path):
+    one = bench(study_file, tmp_path)
+    twin = one.random_twin()
+    by_hand = em.random_twin(one.model, 0).record(one.questions, site="resid_post", position="last")
+    assert np.array_equal(twin.values, by_hand.values) and not np.allclose(twin.values, one.model.record(one.questions).values)
+    assert [row["piece"] for row in one.pieces.made] == ["questions random twin"] and "questions random twin" in one._weights()
+    assert (two := bench(study_file, tmp_path)).random_twin() is not None and not two.opened, "read back"
+    plain = Bench({**one.config, "predict": {"n_permutations": 10, "baselines": ["mean"]}}, tmp_path / "other", versions())
+    assert plain.random_twin() is None and "questions random twin" not in plain._weights()
 
 
 SEEDS = (("bad", 0), ("sound", 0), ("bad", 1))

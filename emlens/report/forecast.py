@@ -5,7 +5,7 @@ import pandas as pd
 from emlens import plots
 from emlens.report.captions import Drawn, only_main, tested
 from emlens.report.folder import Folder
-from emlens.report.words import AFTER, BEYOND_BEFORE, BEYOND_TEXT, capital
+from emlens.report.words import AFTER, BEYOND_BEFORE, BEYOND_TEXT
 
 ACTIVATIONS = "activations"
 _TARGETS = ("margin before", "margin after")
@@ -53,16 +53,14 @@ def forecast(folder: Folder) -> Drawn:
     figure = plots.forest(drawn, ["line", "at"], color="kind", facet="panel", x_title="out-of-fold R², and ΔR²", lowest=_LOWEST)
     drawn.attrs = told
     known = drawn["ceiling"].notna().any() if "ceiling" in drawn else False
-    ceiling = (
-        f"Ceiling, {told.get('ceiling')}."
-        if known
-        else "The ceiling (noise between seeds) is not known: no two of these runs differ in their seed alone."
-    )
+    unknown = "The ceiling (noise between seeds) is not known: no two of these runs differ in their seed alone."
     read = (
-        "R² on questions held out by category, 0 is the mean of all questions. Grey: what the best of as many layers gives where there is nothing. "
+        "R² on questions held out by category; 0 is the mean of all questions.",
+        "ΔR²: of text (or the margin before) and activations together, less that without activations.",
+        "Grey: what the best of as many layers gives where there is nothing. Effect sizes: R² and ΔR² themselves.",
     )
-    read += "Effect sizes: R² and ΔR² themselves."
-    return figure, drawn, [read, capital(ceiling), *tested(drawn, "questions"), only_main(folder, "bad")]
+    ceiling = f"Ceiling, {told.get('ceiling')}." if known else unknown
+    return figure, drawn, [" ".join(read), ceiling, *tested(drawn, "questions"), only_main(folder, "bad")]
 
 
 def by_layer(folder: Folder) -> Drawn:

@@ -82,12 +82,12 @@ def margin_before_bent(facts: pd.DataFrame) -> pd.DataFrame:
 
 
 def other_tunings(bad: Cell, grid: Sequence[Cell]) -> Mapping[str, Cell]:
-    """The first run of each kind that differs from this one in one thing only, by what that is: ``after: another seed``, ``after: its twin`` …"""
+    """The first run of each kind that differs from this one in one thing only, by what that is: ``after: another seed``, ``after: sound twin`` …"""
     found: dict[str, Cell] = {}
     for cell in grid:
         kind = pair_kind(bad, cell) if cell is not bad else ""
         if kind:
-            found.setdefault(AFTER + ("its twin" if kind == PAIR_KINDS["content"] else kind), cell)
+            found.setdefault(AFTER + ("sound twin" if kind == PAIR_KINDS["content"] else kind), cell)
     return found
 
 
