@@ -53,7 +53,7 @@ from emlens.features import SEVERAL, FeatureSet
 from emlens.folds import make_folds
 from emlens.gains import beyond_text, left_by, out_of_fold
 from emlens.ridge import Fold, fixed, nested_ridge, per_group, spearman
-from emlens.study.analyse import margin_before_bent
+from emlens.study.foretelling import margin_before_bent
 
 SEED, PERMUTATIONS, ALPHA = 0, 1000, 0.05
 TEXT = ("category", "length", "tfidf", "tfidf_chars", "embedding")  # of a held-out category "category" knows nothing: it guesses the mean
@@ -206,7 +206,7 @@ def stacked(block: Block, left: np.ndarray, folds: Sequence[Fold], orders: np.nd
 def beyond(block: Block, text: Block, n: int, folds: Sequence[Fold]) -> Block:
     """What a block holds beyond all baselines. (Rows of the block itself hold the text too: permuting them, as in a first run, passes too often;
     nothing had passed even so.)"""
-    return replace(block, features=fixed(beyond_text(block.features(np.arange(n)), [text], folds)))
+    return replace(block, features=fixed(beyond_text(block.features(np.arange(n)), text, folds)))
 
 
 def primary_gain(block: Block, left: np.ndarray, y: np.ndarray, folds: Sequence[Fold], codes: np.ndarray) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ from emlens.folds import make_folds
 from emlens.gains import beyond_text, gain, left_by, out_of_fold
 from emlens.learners import learner
 from emlens.ridge import Fold, fixed, per_group, spearman
-from emlens.study.analyse import margin_before_bent
+from emlens.study.foretelling import margin_before_bent
 
 SEED, TWINS = 0, 3
 PERMUTATIONS, FEW_PERMUTATIONS = 1000, 200  # of the networks in question, all layers joined; and of single layers and of the controls
@@ -209,7 +209,7 @@ def added(blocks: list[Block], text: Block, left: np.ndarray, y: np.ndarray, fol
     orders = np.concatenate([np.arange(len(y))[None], stats.permutations(len(y), n_draws, SEED, within=codes)])
 
     def of(block: Block) -> tuple[np.ndarray, np.ndarray]:
-        rest = beyond_text(block.features(np.arange(len(y))), [text], folds)
+        rest = beyond_text(block.features(np.arange(len(y))), text, folds)
         return gain(replace(block, features=fixed(rest)), learner("ridge"), left, orders, y, folds)
 
     with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:

@@ -12,7 +12,7 @@ same prompts in another model; and a function facts -> array [prompt] or [prompt
 import itertools
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -26,7 +26,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from . import _identity
 from .activations import Activations
 from .prompts import user_text
-from .ridge import Features, fixed
+from .ridge import Features, fixed, scale
 
 DEFAULT = ("mean", "category", "length", "tfidf")
 TEXT = ("category", "length", "tfidf", "tfidf_chars", "embedding")
@@ -75,6 +75,16 @@ def embedding(source: str | None = None, max_tokens: int = 256) -> FromText:
 
     name = "embedding" if source is None else f"embedding {source.rstrip('/').rsplit('/', 1)[-1]}"
     return FromText(name, of, f"mean last hidden state of {source or 'all-MiniLM-L6-v2'}, the first {max_tokens} tokens")
+
+
+def side_by_side(blocks: Sequence[Block]) -> Block:
+    """Blocks as one: each scaled its own way and to total variance 1."""
+
+    def features(train: Int[np.ndarray, " train"]) -> Float[np.ndarray, "prompt feature"]:
+        scaled = [scale(one.features(train), train, one.scaling) for one in blocks]
+        return np.concatenate([z / np.sqrt(max(np.square(z[train]).mean(axis=0).sum(), 1e-300)) for z in scaled], axis=1)
+
+    return Block(" + ".join(one.name for one in blocks), features, "block", "; ".join(one.note for one in blocks if one.note))
 
 
 def rivals(

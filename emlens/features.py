@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from . import _identity
 from ._sides import check_same_place
 from .activations import SINGLE_LAYER_SITES, Activations
-from .baselines import TEXT, Baseline, Block, block, same_prompts
+from .baselines import TEXT, Baseline, Block, block, same_prompts, side_by_side
 from .directions import Direction, project
 from .ridge import Features, fixed, scale
 from .subspaces import explained_energy, leading_eigenvectors, principal_components, unit_rows
@@ -232,7 +232,7 @@ def joined_sets(*feature_sets: FeatureSet) -> FeatureSet:
                 raise ValueError(
                     f"the feature set {one.name!r} has no block at layers {missing}, others have: give activations with layers common to all"
                 )
-        return [(i, _side_by_side([blocks.get(i) or blocks[SEVERAL] for blocks in every])) for i in keys]
+        return [(i, side_by_side([blocks.get(i) or blocks[SEVERAL] for blocks in every])) for i in keys]
 
     return FeatureSet(" + ".join(one.name for one in feature_sets), "feature sets side by side, each with the same total variance", of)
 
@@ -302,16 +302,6 @@ def _squared_on_axes(x: Float[np.ndarray, "prompt d_model"], source: Float[np.nd
         return ((x - source.mean(axis=0, dtype=np.float64)) @ axes) ** 2
 
     return _once(squares)
-
-
-def _side_by_side(blocks: Sequence[Block]) -> Block:
-    """Blocks as one: each scaled its own way and to total variance 1."""
-
-    def features(train: Int[np.ndarray, " train"]) -> Float[np.ndarray, "prompt feature"]:
-        scaled = [scale(one.features(train), train, one.scaling) for one in blocks]
-        return np.concatenate([z / np.sqrt(max(np.square(z[train]).mean(axis=0).sum(), 1e-300)) for z in scaled], axis=1)
-
-    return Block(" + ".join(one.name for one in blocks), features, "block", "; ".join(one.note for one in blocks if one.note))
 
 
 # ---- how they are put together

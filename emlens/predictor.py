@@ -28,10 +28,10 @@ from .conformal import Conformal, Matrix, Seen, conformal, distance, guaranteed,
 from .features import FeatureSet
 from .folds import make_folds
 from .portables import Portable, portable
-from .prediction import FEW_CLUSTERS
 from .ridge import PENALTIES, Fold, nested_ridge, r2
 from .threads import one_thread
 
+FEW_GROUPS = 20
 FORMAT = "emlens predictor 1"
 MARGIN = 1.5
 """Rows more than this many times as far away as the farthest row of any held-out group are refused."""
@@ -79,10 +79,10 @@ class Predictor:
         """What to bear in mind when its intervals are read."""
         if self.groups is None:
             return ["single prompts were held out: nothing is known of its intervals in a new category"]
-        few = f"{self.n_groups} groups of {self.groups!r} were seen, fewer than {FEW_CLUSTERS}: a new one may be unlike all of them"
+        few = f"{self.n_groups} groups of {self.groups!r} were seen, fewer than {FEW_GROUPS}: a new one may be unlike all of them"
         best = self.n_groups / (self.n_groups + 1)
         none = f"{self.n_groups} groups guarantee no finite interval above level {best:.3f}: at {self.level:g} only the measured coverage speaks"
-        return [few] * (self.n_groups < FEW_CLUSTERS) + [none] * (not guaranteed(self.n_groups, self.level))
+        return [few] * (self.n_groups < FEW_GROUPS) + [none] * (not guaranteed(self.n_groups, self.level))
 
     def __repr__(self) -> str:
         worst = self.held_out.loc[self.held_out["coverage"].idxmin()]

@@ -363,7 +363,7 @@ class _Maker:
                     rows += [{**key, "metric": metric, **around(value, 0.12), **tests} for metric in ("r2", "spearman")]
                     if mine:
                         more = {**best, "p": significant, "q": self.q(), "n": self.n}
-                        for beyond in ("text", "the margin before"):
+                        for beyond in ("text", "text and the margin before"):
                             gain = around(0.1 if shown else -0.01, 0.02)
                             rows.append({**key, "metric": f"delta_r2 beyond {beyond}", **gain, **null("rows", -0.02, 0.02), **more})
         for layer in self.layers:

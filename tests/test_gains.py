@@ -40,7 +40,7 @@ def test_what_lies_beyond_text_is_left_and_what_text_holds_is_not():
     folds = make_folds(40, GROUPS).every
     block = Block("text", fixed(text), "each", "")
     held = text @ np.random.default_rng(2).standard_normal((2, 6))
-    rest = gains.beyond_text(np.hstack([x, held]), [block], folds, PENALTIES)
+    rest = gains.beyond_text(np.hstack([x, held]), block, folds, PENALTIES)
     size = np.square(rest).sum(axis=0) / np.square(np.hstack([x, held])).sum(axis=0)
     assert size[-6:].max() < 0.05 and size[:20].min() > 0.6
     oracle = np.hstack([x, held]) - scikit.nested(np.asarray(text), np.hstack([x, held]), folds, PENALTIES)[0]

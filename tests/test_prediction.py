@@ -87,7 +87,7 @@ def test_planted_signal_is_found_and_shuffled_is_not(metric):
     ask = {"groups": "category", "baselines": (), "metrics": (metric,), "penalties": SOME, "n_permutations": 99}
     found = predict(acts, "score", **ask).set_index("layer")
     assert found["q"][1] == 0.01 and (found["p"][[0, 2]] > 0.05).all()
-    assert len(found.attrs["cautions"]) == (metric in ("spearman", "within_r2"))
+    assert len(found.attrs["cautions"]) == (metric in ("spearman", "within_r2")) + 1 and "near-copies" in found.attrs["cautions"][-1]
     assert found["estimate"].idxmax() == 1 or metric == "rmse" and found["estimate"].idxmin() == 1
     nothing = predict(shuffled_within(acts), "score", **ask)
     assert (nothing["q"] > 0.05).all() and (nothing["q"] >= nothing["p"]).all()

@@ -308,24 +308,43 @@ def test_a_difference_within_that_of_two_runs_on_the_same_rows_is_not_found(effe
     assert answer(old, "Bad advice against its sound twin").verdict == "mixed"
 
 
-def test_a_better_baseline_takes_the_finding_away(effect):
-    def known(table):
-        table.loc[table["features"] == "margin before", "estimate"] = 0.9
-        return table
+def test_a_better_baseline_takes_the_finding_away_but_where_activations_add_to_it(effect):
+    def known(q):
+        def change(table):
+            table.loc[table["features"] == "margin before", "estimate"] = 0.9
+            table.loc[table["metric"] == "delta_r2 beyond text and the margin before", "q"] = q
+            return table
 
-    finding = answer(altered(opened(effect), "prediction", known), "Prediction from activations")
+        return answer(altered(opened(effect), "prediction", change), "Prediction from activations")
+
+    finding = known(0.3)
     assert finding.verdict == "mixed" and "but the best baseline does so as well or better" in finding.claim
     assert "best baseline margin before R² = 0.90" in finding.evidence[1]
+    assert known(0.001).verdict == "found", "a rival that knows more is no reason to hide what is added to it"
+
+
+def test_worse_than_the_mean_is_not_foretold_and_too_few_permutations_are_no_answer(effect, nothing):
+    def below(table):
+        mine = (table["features"] == "activations") & (table["metric"] == "r2") & (table["target"] != "margin before")
+        return table.assign(estimate=table["estimate"].mask(mine, -0.05))
+
+    assert answer(altered(opened(effect), "prediction", below), "Prediction from activations").verdict == "not found"
+    few = answer(altered(opened(nothing), "prediction", lambda table: table.assign(p_floor=1 / 51)), "Prediction from activations")
+    assert few.verdict == "no answer" and "no q can be below .078" in few.claim and few.claim.startswith("Too few permutations")
+    enough = answer(altered(opened(nothing), "prediction", lambda table: table.assign(p_floor=1 / 201)), "Prediction from activations")
+    assert enough.verdict == "not found"
 
 
 def test_a_baseline_within_the_interval_is_not_beaten(effect):
     def near(table):
-        table.loc[table["metric"] == "delta_r2 beyond text", "q"] = 0.3  # one of both will do
+        table.loc[table["metric"] == "delta_r2 beyond text and the margin before", "q"] = 0.3  # beyond text alone is not enough
         return table
 
     there = answer(opened(effect), "Prediction from activations")
     assert (
-        there.verdict == "found" and "beyond text, ΔR² = 0.100" in there.evidence[1] and "beyond the margin before, ΔR² = 0.100" in there.evidence[1]
+        there.verdict == "found"
+        and "beyond text, ΔR² = 0.100" in there.evidence[1]
+        and "beyond text and the margin before, ΔR² = 0.100" in there.evidence[1]
     )
     finding = answer(altered(opened(effect), "prediction", near), "Prediction from activations")
     assert finding.verdict == "mixed" and "no evidence that they do beyond text and the margin before" in finding.claim
@@ -347,7 +366,7 @@ def test_the_forecast_draws_the_best_layer_beside_the_null_of_the_best_and_every
     assert money.loc["another seed, after", "kind"] == "R² of what only another tuning tells" and money.loc[
         "random twin's activations", "at"
     ].startswith("best")
-    assert money.loc[["added to text", "added to margin before"], "kind"].eq("ΔR² of activations").all() and money["ceiling"].eq(0.9).all()
+    assert money.loc[["added to text", "added to text and margin before"], "kind"].eq("ΔR² of activations").all() and money["ceiling"].eq(0.9).all()
     assert "mean" not in money.index and money.index.is_unique and drawn.loc[drawn["trained on"] == "repair-bad", "ceiling"].isna().all()
 
 

@@ -5,9 +5,9 @@ import pandas as pd
 from emlens import plots
 from emlens.report.captions import Drawn, only_main, tested
 from emlens.report.folder import Folder
-from emlens.report.words import AFTER, BEYOND_BEFORE, BEYOND_TEXT
+from emlens.report.words import AFTER, BEYOND_BOTH, BEYOND_TEXT
 
-ACTIVATIONS = "activations"
+ACTIVATIONS, RANDOM_TWIN = "activations", "random twin"
 _TARGETS = ("margin before", "margin after")
 _LOWEST = -0.5
 _MINE, _RIVAL, _AFTERWARDS, _ADDED = "R² of activations", "R² of rivals", "R² of what only another tuning tells", "ΔR² of activations"
@@ -16,9 +16,9 @@ _IN_WORDS = {
     "tfidf": "text (TF-IDF)",
     "tfidf_chars": "text (letters)",
     "embedding": "text (embedding)",
-    "random twin": "random twin's activations",
+    RANDOM_TWIN: "random twin's activations",
     BEYOND_TEXT: "added to text",
-    BEYOND_BEFORE: "added to margin before",
+    BEYOND_BOTH: "added to text and margin before",
 }
 
 
@@ -28,7 +28,7 @@ def forecast(folder: Folder) -> Drawn:
     runs = folder.main_runs("bad") or folder.main_runs()
     rows = rows[rows["run"].isin([*runs, "before"]) & rows["target"].isin(_TARGETS)]
     told = dict(rows.attrs)
-    added = rows["metric"].isin([BEYOND_TEXT, BEYOND_BEFORE])
+    added = rows["metric"].isin([BEYOND_TEXT, BEYOND_BOTH])
     rows = rows[added | (rows["metric"] == "r2")].assign(added=added)
     rows["line"] = rows["features"].mask(rows["added"], rows["metric"])
     rows = rows[rows["line"] != "mean"]
@@ -56,8 +56,9 @@ def forecast(folder: Folder) -> Drawn:
     unknown = "The ceiling (noise between seeds) is not known: no two of these runs differ in their seed alone."
     read = (
         "R² on questions held out by category; 0 is the mean of all questions.",
-        "ΔR²: of text (or the margin before) and activations together, less that without activations.",
-        "Grey: what the best of as many layers gives where there is nothing. Effect sizes: R² and ΔR² themselves.",
+        "ΔR²: of text (and the margin before) and activations together, less that without activations.",
+        "Grey: what the best of as many layers gives where there is nothing. Effect sizes: R² and ΔR² themselves; "
+        "the interval of a best layer is that of a layer named beforehand (q is corrected for the choice).",
     )
     ceiling = f"Ceiling, {told.get('ceiling')}." if known else unknown
     return figure, drawn, [" ".join(read), ceiling, *tested(drawn, "questions"), only_main(folder, "bad")]

@@ -6,17 +6,18 @@ import numpy as np
 import pandas as pd
 
 from emlens.report.folder import Folder
-from emlens.report.forecast import ACTIVATIONS
+from emlens.report.forecast import ACTIVATIONS, RANDOM_TWIN
 from emlens.report.words import (
     AFTER,
     ALPHA,
-    BEYOND_BEFORE,
+    BEYOND_BOTH,
     BEYOND_TEXT,
     NATS,
     Finding,
     Verdict,
     above,
     capital,
+    count,
     estimate,
     in_layers,
     least,
@@ -30,7 +31,7 @@ from emlens.report.words import (
 
 _TARGETS = {"margin after": "the margin after tuning", "change of margin": "its change"}
 _CONTROL = "margin before"
-_GAINS = {"text": BEYOND_TEXT, "the margin before": BEYOND_BEFORE}
+_GAINS = {"text": BEYOND_TEXT, "text and the margin before": BEYOND_BOTH}
 _MAIN, _ACROSS, _ACROSS_CONTROL = "bad v sound", "across", "across, control"
 
 
@@ -60,6 +61,12 @@ def prediction(folder: Folder) -> Finding | None:
     said.insert(0, words)
     everything = [state for each in states.values() for state in each]
     none = set(everything) == {"none"}
+    floor = 2 * len(main) * table["p_floor"].max() if "p_floor" in table else 0.0
+    if none and floor >= ALPHA:
+        claim = f"Too few permutations: corrected for two targets and {count(len(main))} runs no q can be below {least(floor)}"
+        return Finding(
+            "Prediction from activations", "no answer", f"{claim}; no statement about {_joined(states, ' or ')}.", tuple(said), "prediction"
+        )
     if none and read != "passed":
         claim = "The design could not read even the margin before tuning from the activations before tuning (the positive control)"
         if read == "missing":
@@ -83,18 +90,18 @@ def prediction(folder: Folder) -> Finding | None:
 def _foretold(layers: pd.DataFrame, gains: Mapping[str, pd.DataFrame], plain: pd.DataFrame) -> tuple[str, str]:
     """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond text and beyond the margin before, rivals, ceiling.
 
-    "beyond" asks for both gains; a rival that is known only once another tuning was made takes nothing away.
+    "foretold" asks for R² above 0 as well; "beyond" for the gain over text and the margin before together, whatever these reach alone, but not where
+    a random twin's activations do as well. A rival that is known only once another tuning was made takes nothing away.
     """
     top = layers.loc[layers["estimate"].idxmax()]
     text = f"R² = {estimate(top)} at layer {int(top['layer'])} (best of {len(layers)}), {q_said(top)}, {sample(top, 'questions')}"
-    state = "foretold" if top["q"] < ALPHA else "none"
-    passed = []
+    state = "foretold" if top["q"] < ALPHA and top["estimate"] > 0 else "none"
+    beyond = False
     for name, gain in gains.items():
         if len(gain):
             more = gain.loc[gain["estimate"].idxmax()]
             text += f"; beyond {name}, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {q_said(more)}"
-            passed.append(more["q"] < ALPHA)
-    state = "beyond" if state == "foretold" and passed and all(passed) else state
+            beyond |= bool(gain["metric"].iloc[0] == BEYOND_BOTH and more["q"] < ALPHA)
     later = plain["features"].str.startswith(AFTER)
     if (~later).any():
         best = plain.loc[plain.loc[~later, "estimate"].idxmax()]
@@ -103,6 +110,8 @@ def _foretold(layers: pd.DataFrame, gains: Mapping[str, pd.DataFrame], plain: pd
     if later.any():
         each = [f"{row['features'].removeprefix(AFTER)} {number(row['estimate'])}" for _, row in plain[later].iterrows()]
         text += f"; the same score after other tunings, R²: {listed(each)}"
+    twins = plain.loc[plain["features"] == RANDOM_TWIN, "estimate"]
+    state = "beyond" if state != "none" and beyond and not (twins >= top["estimate"]).any() else state
     ceiling = top.get("ceiling", np.nan)
     text += f"; ceiling {number(ceiling)} (noise between seeds)" if np.isfinite(ceiling) else ""
     return state, text

@@ -59,7 +59,8 @@ TERMS = {
         "Training is “found” when the 95 % interval of the paired drop lies above 0 in every run. Bad against sound is “found” when the bad run "
         "also fell below the untuned model and the interval lies wholly beyond those of two runs on the same rows. A direction is “found” when in "
         "more than half of the layers the interval of its AUC, or that of the other domain's direction, lies above what two runs on the same "
-        "rows give, and steering passes. Prediction is “found” when R² passes beyond the category, ΔR² beyond text and beyond the margin before."
+        "rows give, and steering passes. Prediction is “found” when R² is above 0 and passes beyond the category, and ΔR² beyond text and the "
+        "margin before together."
     ),
 }
 LIMITS = (

@@ -1,5 +1,6 @@
 """Does a model's state before tuning foretell the margin after it? A study's targets, their noise, rivals and controls, in the same folds."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,16 +8,17 @@ import numpy as np
 import pandas as pd
 
 from ..activations import Activations
-from ..baselines import TEXT, Baseline
+from ..baselines import DEFAULT, TEXT, Baseline, block
 from ..prediction import predict
 from .analyse import BEFORE, of_variant, stacked
 from .grid import OTHER_TUNINGS, PAIR_KINDS, RANDOM_TWIN, Cell, pair_kind
 
 AFTER = "after: "
 """Before the name of a rival that is known only once another tuning was made."""
-BEYOND_TEXT, BEYOND_BEFORE = "delta_r2 beyond text", "delta_r2 beyond the margin before"
+BEYOND_TEXT, BEYOND_BOTH = "delta_r2 beyond text", "delta_r2 beyond text and the margin before"
 _NULL, _NULL_TEXT = "activation_rows", "activation_rows, text"
 _METRICS = ("r2", "within_spearman")
+_TEXTS = tuple(name for name in DEFAULT if name in TEXT)
 
 
 def prediction_table(
@@ -32,10 +34,11 @@ def prediction_table(
     """The margin after a bad tuning, and its change, from activations before it; whole categories held out; rivals in the same folds.
 
     Positive control: the same call and folds ask for the margin *before* (run "before"), which activations before tuning give rise to.
-    A design that cannot read it says nothing of what comes after. ``delta_r2`` is asked for twice: beyond the best of the baselines that know
-    text alone, and beyond the margin before, its square and its rank: a target that bends with the margin would else look as if
-    activations added to it. Where a set was tuned with several seeds, what differs between them is the target's noise (:func:`seed_noise`)
-    and gives the ceiling. ``twin``: the questions in a randomly initialised model of the same shape.
+    A design that cannot read it says nothing of what comes after. ``delta_r2`` is asked for twice: beyond the baselines that know text alone,
+    and beyond these and the margin before (its square and its rank too: a target that bends with the margin would else look as if
+    activations added to it) side by side: to pass beyond either alone is not to pass beyond both. Where a set was tuned with several
+    seeds, what differs between them is the target's noise (:func:`seed_noise`) and gives the ceiling.
+    ``twin``: the questions in a randomly initialised model of the same shape.
     """
     parts: list[pd.DataFrame] = []
     known = _margin(margins, BEFORE).rename("margin before")
@@ -55,11 +58,13 @@ def prediction_table(
             if not parts:
                 without = {name: one for name, one in plain.items() if name != "margin before"}
                 parts.append(predict(acts, "margin before", baselines=without, metrics=_METRICS, **shared).assign(run=BEFORE, target="margin before"))
-            rivals = plain | {name: name for name in others}
-            found = predict(acts, target, baselines=rivals, metrics=(*_METRICS, "delta_r2"), beyond=margin_before_bent, **shared)
+            rivals = plain | {name: name for name in others if _differs(acts.facts, name, target)}
+            found = predict(
+                acts, target, baselines=rivals, metrics=(*_METRICS, "delta_r2"), beyond=(*(texts or _TEXTS), margin_before_bent), **shared
+            )
             more = predict(acts, target, baselines=texts, metrics=("delta_r2",), **shared)
             named = more.assign(metric=BEYOND_TEXT, null=_NULL_TEXT)
-            for part in (found.replace({"metric": {"delta_r2": BEYOND_BEFORE}}), named):
+            for part in (found.replace({"metric": {"delta_r2": BEYOND_BOTH}}), named):
                 parts.append(part.assign(run=bad.label, target=target))
     for part in parts:
         part["features"] = part["features"].replace({before.site: "activations"})
@@ -89,6 +94,18 @@ def other_tunings(bad: Cell, grid: Sequence[Cell]) -> Mapping[str, Cell]:
         if kind:
             found.setdefault(AFTER + ("sound twin" if kind == PAIR_KINDS["content"] else kind), cell)
     return found
+
+
+def _differs(facts: pd.DataFrame, rival: str, target: str) -> bool:
+    """Whether the same score in another tuning orders the questions otherwise than in this one: with few questions it need not, and
+    `predict` refuses what orders them all as the target does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            block(rival, facts, "category", target)
+    except ValueError:
+        return False
+    return True
 
 
 def seed_noise(scores: Sequence[pd.Series]) -> float | None:
