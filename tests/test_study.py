@@ -25,7 +25,7 @@ import emlens as em
 from emlens.cli import main
 from emlens.store import StoreError
 from emlens.study import _history, keys, pieces, template, versions
-from emlens.study.foretelling import prediction_table, seed_noise
+from emlens.study.foretelling import _differs, prediction_table, seed_noise
 from emlens.study.grid import BASELINES, SHIPPED, Cell, StudyError, cells, halves, pair_kind, questions_of, read_config, twins
 from emlens.study.measure import Bench
 from emlens.study.moves import Arms
@@ -203,6 +203,12 @@ def test_the_random_twin_is_recorded_once_and_only_where_it_is_asked_for(study_f
     assert (two := bench(study_file, tmp_path)).random_twin() is not None and not two.opened, "read back"
     plain = Bench({**one.config, "predict": {"n_permutations": 10, "baselines": ["mean"]}}, tmp_path / "other", versions())
     assert plain.random_twin() is None and "questions random twin" not in plain._weights()
+
+
+def test_a_tuning_that_orders_the_questions_alike_is_left_out_of_the_rivals(recwarn):
+    facts = pd.DataFrame({"category": ["a", "b"] * 8, "margin after": np.arange(16.0)})
+    facts = facts.assign(alike=np.arange(16) ** 3, other=np.random.default_rng(0).permutation(16))
+    assert not _differs(facts, "alike", "margin after") and _differs(facts, "other", "margin after") and not recwarn.list
 
 
 SEEDS = (("bad", 0), ("sound", 0), ("bad", 1))
