@@ -77,7 +77,7 @@ def lasso(penalties: Sequence[float] = LASSO_PENALTIES, tol: float = 1e-10, choo
             _, coefficients, _ = lasso_path(x, np.ascontiguousarray(rest[:, at]), alphas=np.array(grid)[order], **how)
             return mean[at] + (other @ coefficients[:, np.argsort(order)]).T
 
-        return np.stack(list(side_by_side(predicted, range(y.shape[1]))), axis=-1)
+        return np.stack(list(side_by_side(predicted, range(y.shape[1]), y.shape[1])), axis=-1)
 
     return from_path("lasso", path, grid, _chosen(grid, "mean squared error" if choose == "mse" else "unexplained share (1 - R2)"), losses[choose])
 
@@ -152,7 +152,7 @@ def logistic(penalties: Sequence[float] = LOGISTIC_PENALTIES) -> Learner:
             fits = (LogisticRegression(C=1 / a, tol=1e-8, max_iter=10_000).fit(twice[held], labels[held], counts[held]) for a in grid)
             return np.stack([fit.predict_proba(other)[:, 1] for fit in fits])
 
-        return np.stack(list(side_by_side(probabilities, range(y.shape[1]))), axis=-1)
+        return np.stack(list(side_by_side(probabilities, range(y.shape[1]), y.shape[1])), axis=-1)
 
     return from_path("logistic", path, grid, _chosen(grid, "binomial deviance"), deviance, rates=True)
 

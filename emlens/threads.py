@@ -36,6 +36,9 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], most: int | None = 
     a generator's are not all in memory at once; an error comes where its item stands, and nothing new is begun after it.
     """
     threads = max(1, min(os.cpu_count() or 1, most or os.cpu_count() or 1))
+    if threads == 1:
+        yield from map(work, items)
+        return
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:

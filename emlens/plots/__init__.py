@@ -239,12 +239,12 @@ def forest(
     colours, frames = style.colours(result, color), style.facets(result, facet)
     fig, panels = style.stack(list(frames), x_title, [""] * len(frames), height=[max(46 * len(frame), 60) for frame in frames.values()])
     for panel, frame in zip(panels, frames.values(), strict=True):
-        panel.bars(frame, style.labels(frame, label), lowest)
+        lines = style.labels(frame, label)
+        panel.bars(frame, lines, lowest)
         for (shade, _), one in style.series(frame, color, None):
             panel.points(one, style.labels(one, label), shade, colours[shade], alpha, lowest)
-        panel.strokes(frame, style.labels(frame, label))
-        order = style.labels(frame, label)
-        fig.update_yaxes(categoryorder="array", categoryarray=order, autorange="reversed", row=panel.row, col=1)
+        panel.strokes(frame, lines)
+        fig.update_yaxes(categoryorder="array", categoryarray=lines, autorange="reversed", row=panel.row, col=1)
     fig.add_vline(x=0, line={"color": "#9a9a9a", "width": 1})
     style.explain_marks(fig, result, alpha)
     return fig

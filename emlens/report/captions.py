@@ -55,5 +55,5 @@ def span_of(values: pd.Series) -> str:
 
 
 def only_main(folder: Folder, content: str | None = None) -> str:
-    shown, runs = len(folder.main_runs(content) or folder.main_runs()), len(folder.tables["runs"])
+    shown, runs = len(folder.asked_runs(content)), len(folder.tables["runs"])
     return f"Drawn: {shown} of {runs} runs (linear, first seed); the others are in the tables." if shown < runs else ""

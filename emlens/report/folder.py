@@ -70,6 +70,10 @@ class Folder:
         order = runs.assign(other=runs["schedule"] != "linear", place=range(len(runs))).sort_values(["other", "seed"])
         return list(order.drop_duplicates(["domain", "content"]).sort_values("place")["run"])
 
+    def asked_runs(self, content: str | None = "bad") -> list[str]:
+        """The main runs of this content; all main runs where there is none."""
+        return self.main_runs(content) or self.main_runs()
+
     def with_runs(self, table: str) -> pd.DataFrame:
         """A table with facts of its runs beside it: `trained on` ("money-bad"), `variation` ("linear seed 0")."""
         frame = self.tables[table]

@@ -5,9 +5,8 @@ import pandas as pd
 from emlens import plots
 from emlens.report.captions import Drawn, only_main, tested
 from emlens.report.folder import Folder
-from emlens.report.words import AFTER, BEYOND_BOTH, BEYOND_TEXT
+from emlens.report.words import ACTIVATIONS, AFTER, BEYOND_BOTH, BEYOND_TEXT, RANDOM_TWIN
 
-ACTIVATIONS, RANDOM_TWIN = "activations", "random twin"
 _TARGETS = ("margin before", "margin after")
 _LOWEST = -0.5
 _MINE, _RIVAL, _AFTERWARDS, _ADDED = "R² of activations", "R² of rivals", "R² of what only another tuning tells", "ΔR² of activations"
@@ -25,7 +24,7 @@ _IN_WORDS = {
 def forecast(folder: Folder) -> Drawn:
     """The best layer of every row of interest, one a line: estimate, baselines, what activations add, null of the best layer, ceiling."""
     rows = folder.with_runs("prediction")
-    runs = folder.main_runs("bad") or folder.main_runs()
+    runs = folder.asked_runs()
     rows = rows[rows["run"].isin([*runs, "before"]) & rows["target"].isin(_TARGETS)]
     told = dict(rows.attrs)
     added = rows["metric"].isin([BEYOND_TEXT, BEYOND_BOTH])
@@ -67,7 +66,7 @@ def forecast(folder: Folder) -> Drawn:
 def by_layer(folder: Folder) -> Drawn:
     """R² of both targets along the layers, beside its null and the baselines."""
     rows = folder.with_runs("prediction")
-    main = [*(folder.main_runs("bad") or folder.main_runs()), "before"]
+    main = [*folder.asked_runs(), "before"]
     rows = rows[rows["run"].isin(main) & (rows["metric"] == "r2")]
     rows = rows[~rows["features"].str.startswith(AFTER)]
     control = rows["target"] == _TARGETS[0]

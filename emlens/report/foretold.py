@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 
 from emlens.report.folder import Folder
-from emlens.report.forecast import ACTIVATIONS, RANDOM_TWIN
 from emlens.report.words import (
+    ACTIVATIONS,
     AFTER,
     ALPHA,
     BEYOND_BOTH,
     BEYOND_TEXT,
     NATS,
+    RANDOM_TWIN,
     Finding,
     Verdict,
     above,
@@ -42,7 +43,7 @@ def prediction(folder: Folder) -> Finding | None:
     """Do activations before tuning foretell the margin after it (and its change), and more than the margin before does?"""
     table = folder.estimates("prediction")
     r2 = table[table["metric"] == "r2"]
-    main = [run for run in folder.main_runs("bad") or folder.main_runs() if run in set(r2["run"])]
+    main = [run for run in folder.asked_runs() if run in set(r2["run"])]
     states: dict[str, list[str]] = {}
     said = []
     for target in _TARGETS:
@@ -80,15 +81,13 @@ def prediction(folder: Folder) -> Finding | None:
     overall: Verdict = of_all([state == "beyond" for state in everything])
     if overall == "not found" and not none:
         overall = "mixed"
-    said.append(
-        "q of R² is against targets permuted inside categories: beyond the category. “Beyond” text or the margin before asks for ΔR², q < .05"
-    )
+    said.append("q of R² is against targets permuted inside categories: beyond the category. “Beyond” asks for ΔR² over text and the margin, q < .05")
     said.append("The margin before stands with its square and its rank; a target that bends with it in another way can pass without more")
     return Finding("Prediction from activations", overall, f"{capital(claim)}.", tuple(said), "prediction")
 
 
 def _foretold(layers: pd.DataFrame, gains: Mapping[str, pd.DataFrame], plain: pd.DataFrame) -> tuple[str, str]:
-    """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond text and beyond the margin before, rivals, ceiling.
+    """What the best layer comes to, and the numbers: R² beyond the category, ΔR² beyond text and beyond text and the margin, rivals, ceiling.
 
     "foretold" asks for R² above 0 as well; "beyond" for the gain over text and the margin before together, whatever these reach alone, but not where
     a random twin's activations do as well. A rival that is known only once another tuning was made takes nothing away.
@@ -96,12 +95,12 @@ def _foretold(layers: pd.DataFrame, gains: Mapping[str, pd.DataFrame], plain: pd
     top = layers.loc[layers["estimate"].idxmax()]
     text = f"R² = {estimate(top)} at layer {int(top['layer'])} (best of {len(layers)}), {q_said(top)}, {sample(top, 'questions')}"
     state = "foretold" if top["q"] < ALPHA and top["estimate"] > 0 else "none"
-    beyond = False
+    both = gains["text and the margin before"]
+    beyond = len(both) > 0 and both.loc[both["estimate"].idxmax(), "q"] < ALPHA
     for name, gain in gains.items():
         if len(gain):
             more = gain.loc[gain["estimate"].idxmax()]
             text += f"; beyond {name}, ΔR² = {estimate(more, 3)} at layer {int(more['layer'])}, {q_said(more)}"
-            beyond |= bool(gain["metric"].iloc[0] == BEYOND_BOTH and more["q"] < ALPHA)
     later = plain["features"].str.startswith(AFTER)
     if (~later).any():
         best = plain.loc[plain.loc[~later, "estimate"].idxmax()]

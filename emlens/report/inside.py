@@ -150,7 +150,7 @@ def similarity(folder: Folder) -> Finding | None:
     table = one_null(folder.estimates("similarity"), "isotropic")
     table = table[table["comparison"] == "training v questions"]
     there = set(table["run"])
-    main = [run for run in folder.main_runs("bad") or folder.main_runs() if run in there]
+    main = [run for run in folder.asked_runs() if run in there]
     if not main:
         return None
     state = of_levels([level(table[table["run"] == run]) for run in main])
@@ -187,7 +187,7 @@ def overlap_and_similarity(folder: Folder) -> Finding | None:
     """Do questions nearer the training prompts shift more like them, and more than a plain cosine would say?"""
     table = folder.estimates("overlap_similarity")
     there = set(table["run"])
-    runs = [run for run in folder.main_runs("bad") or folder.main_runs() if run in there]
+    runs = [run for run in folder.asked_runs() if run in there]
     said, levels, matched, main = [], [], [], []
     for run in runs:
         rows = table[table["run"] == run]

@@ -10,8 +10,9 @@ import pandas as pd
 ALPHA = 0.05
 Verdict = Literal["found", "not found", "mixed", "description", "no answer"]
 NATS = "nats/token"
-AFTER = "after: "
-"""What the name of a rival begins with that is known only once another tuning was made."""
+ACTIVATIONS, RANDOM_TWIN, AFTER = "activations", "random twin", "after: "
+"""Names in the table of prediction: the rows in question, the control, and what the name of a rival begins with that is known only once another
+tuning was made."""
 BEYOND_TEXT, BEYOND_BOTH = "delta_r2 beyond text", "delta_r2 beyond text and the margin before"
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 

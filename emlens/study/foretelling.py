@@ -10,12 +10,10 @@ import pandas as pd
 from ..activations import Activations
 from ..baselines import DEFAULT, TEXT, Baseline, block
 from ..prediction import predict
+from ..report.words import ACTIVATIONS, AFTER, BEYOND_BOTH, BEYOND_TEXT
 from .analyse import BEFORE, of_variant, stacked
 from .grid import OTHER_TUNINGS, PAIR_KINDS, RANDOM_TWIN, Cell, pair_kind
 
-AFTER = "after: "
-"""Before the name of a rival that is known only once another tuning was made."""
-BEYOND_TEXT, BEYOND_BOTH = "delta_r2 beyond text", "delta_r2 beyond text and the margin before"
 _NULL, _NULL_TEXT = "activation_rows", "activation_rows, text"
 _METRICS = ("r2", "within_spearman")
 _TEXTS = tuple(name for name in DEFAULT if name in TEXT)
@@ -47,11 +45,11 @@ def prediction_table(
     texts = {name: name for name in plain if name in TEXT}
     shared: dict[str, Any] = {"groups": "category", "n_permutations": n_permutations, "seed": seed}
     for bad, _ in pairs:
+        others = other_tunings(bad, grid) if OTHER_TUNINGS in baselines else {}
         for target in ("margin after", "change of margin"):
             less = 0 if target == "margin after" else known
             scores = {cell.label: _margin(margins, cell.label) - less for cell in grid}
             noise = seed_noise([scores[cell.label] for cell in grid if cell is bad or pair_kind(bad, cell) == PAIR_KINDS["seed"]])
-            others = other_tunings(bad, grid) if OTHER_TUNINGS in baselines else {}
             columns = {target: scores[bad.label], **{name: scores[cell.label] for name, cell in others.items()}, "margin before": known}
             columns |= {} if noise is None else {f"{target}_se": pd.Series(noise, known.index)}
             acts = before.with_facts(pd.DataFrame(columns).rename_axis("id").reset_index())
@@ -67,7 +65,7 @@ def prediction_table(
             for part in (found.replace({"metric": {"delta_r2": BEYOND_BOTH}}), named):
                 parts.append(part.assign(run=bad.label, target=target))
     for part in parts:
-        part["features"] = part["features"].replace({before.site: "activations"})
+        part["features"] = part["features"].replace({before.site: ACTIVATIONS})
         part["p_floor"] = 1 / (n_permutations + 1)
     found.attrs["null"] = {**found.attrs["null"], _NULL_TEXT: more.attrs["null"][_NULL]}
     found.attrs["ceiling"] = (
