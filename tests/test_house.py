@@ -22,14 +22,14 @@ ARRAYS = {
     "stats", "resampling", "subspaces", "nulls", "_sides", "geometry", "shifts", "directions", "separation", "activations", "baselines", "ridge",
     "prediction", "positions", "prompts", "store", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations", "_draws",
     "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries",
 }  # fmt: skip
 """Rooms that run on random arrays with no model installed."""
 
 BELOW_STUDY = {
     "resampling", "subspaces", "_sides", "ridge", "baselines", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations",
     "_draws", "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries",
 }  # fmt: skip
 """Array rooms that a study reaches through the rooms above them only."""
 
@@ -159,7 +159,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "",
     },
-    "plots": set(),
+    "summaries": set(),
+    "plots": {"summaries"},
     "report": {"store", "plots"},
     "cli": {"laws", "models", "study", "report", "store", ""},
 }

@@ -1,6 +1,7 @@
 """Guards the figures: they draw the rows that came and nothing else, in the house's colours, and are saved whole."""
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -165,6 +166,41 @@ def test_a_forest_shows_null_ceiling_and_what_lies_off_the_edge():
     assert (list(off.x), list(off.marker.symbol)) == ([-0.5], ["triangle-left"]) and off.error_x.array[0] == 0 and "-3" in off.text[0]
     assert off.showlegend and not second.showlegend and (first.yaxis, second.yaxis) == ("y", "y2")
     assert fig.layout.yaxis.categoryarray == ("a", "b") and fig.layout.yaxis2.categoryarray == ("c",)
+
+
+def test_a_forest_of_a_result_names_its_lines_and_its_axis_by_itself():
+    rows = pd.DataFrame({"layer": [0, 1], "features": "raw", "metric": "r2", "estimate": [0.1, 0.2], "low": 0.0, "high": 0.3, "null": "a"})
+    fig = plots.forest(rows)
+    assert list(fig.data[0].y) == ["0", "1"] and fig.layout.xaxis.title.text == "r2"
+    several = pd.concat([rows, rows.assign(metric="rmse", features="")])
+    fig = plots.forest(several, facet="layer")
+    assert [list(trace.y) for trace in fig.data] == [["raw<br>r2", "rmse"]] * 2, "what tells the rows apart, nothing where that is empty"
+    assert fig.layout.xaxis2.title.text == "estimate"
+    assert plots.forest(several, ["metric"], x_title="nats").layout.xaxis.title.text == "nats"
+    with pytest.raises(KeyError, match=r"\['metric'\] are needed"):
+        plots.forest(rows.drop(columns="metric"))
+
+
+def test_the_metric_drawn_of_several_is_said():
+    rows = result()
+    several = pd.concat([rows, rows.assign(metric="another", estimate=9.0)])
+    with pytest.warns(UserWarning, match="metric= draws another"):
+        fig = plots.by_layer(several)
+    assert 9.0 not in {y for trace in lines(fig) for y in trace.y}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.by_layer(rows)
+        fig = plots.by_layer(several, metric="another")
+    assert {y for trace in lines(fig) for y in trace.y} == {9.0}
+
+
+def test_the_legend_shows_a_bar_as_a_bar_and_a_stroke_as_a_stroke():
+    frame = pd.DataFrame(
+        {"line": ["a"], "metric": "r2", "estimate": [0.4], "low": 0.2, "high": 0.6, "null_low": -0.1, "null_high": 0.1, "ceiling": 0.9}
+    )
+    legend = plots.legend(plots.forest(frame, ["line"]))
+    assert "<rect" in legend.partition("null")[0] and "stroke-width" in legend.partition("null")[2].partition("ceiling")[0]
+    assert "<rect" not in plots.legend(plots.forest(frame.drop(columns=["null_low", "null_high"]), ["line"]))
 
 
 def test_what_users_wrote_is_never_read_as_markup():

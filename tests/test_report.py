@@ -354,20 +354,54 @@ def test_the_forecast_draws_the_best_layer_beside_the_null_of_the_best_and_every
     folder = opened(effect)
     table = folder.tables["prediction"]
     drawn = next(section for section in sections(folder) if section.name == "prediction").rows
-    assert list(drawn["panel"].unique()) == ["positive control: margin before", "margin after, money-bad", "margin after, repair-bad"]
-    money = drawn[drawn["panel"] == "margin after, money-bad"].set_index("line")
+    assert list(drawn["panel"].unique()) == ["control: margin before", "margin after money-bad", "margin after repair-bad"]
+    money = drawn[drawn["panel"] == "margin after money-bad"].set_index("line")
     here = table[(table["run"] == "money-bad linear seed 0") & (table["target"] == "margin after")]
     of = here[(here["metric"] == "r2") & (here["features"] == "activations")]
     top = of.loc[of["estimate"].idxmax()]
-    row = money.loc["activations before"]
-    assert row["estimate"] == top["estimate"] and row["at"] == f"best of 12: layer {top['layer']}" and row["kind"] == "R² of activations"
+    row = money.loc["activations"]
+    assert row["estimate"] == top["estimate"] and row["at"] == f"layer {top['layer']}, best of 12" and row["kind"] == "activations"
     assert (row["null_low"], row["null_high"]) == (-0.05, 0.11), "not the null of one layer, -0.15 to 0.06"
-    assert money.loc[["category", "length", "text (TF-IDF)", "margin before"], "kind"].eq("R² of rivals").all() and money.loc["length", "at"] == ""
-    assert money.loc["another seed, after", "kind"] == "R² of what only another tuning tells" and money.loc[
-        "random twin's activations", "at"
-    ].startswith("best")
-    assert money.loc[["added to text", "added to text and margin before"], "kind"].eq("ΔR² of activations").all() and money["ceiling"].eq(0.9).all()
+    assert money.loc[["category", "length", "TF-IDF", "margin before"], "kind"].eq("known without them").all() and money.loc["length", "at"] == ""
+    assert money.loc["another seed, after", "kind"] == "known only after another tuning" and money.loc["untrained twin", "at"].endswith("best of 12")
+    added = money.index.str.startswith("ΔR²")
+    assert money.loc[added, "kind"].eq(row["kind"]).all() and money.loc[added, "ceiling"].isna().all() and money.loc[~added, "ceiling"].eq(0.9).all()
     assert "mean" not in money.index and money.index.is_unique and drawn.loc[drawn["trained on"] == "repair-bad", "ceiling"].isna().all()
+
+
+def test_the_panels_of_the_forecast_have_their_lines_in_one_order(effect):
+    def turned(table):  # as the rows of another seed, domain or schedule may come
+        return table.iloc[::-1].reset_index(drop=True)
+
+    order = None
+    for folder in (opened(effect), altered(opened(effect), "prediction", turned)):
+        drawn = next(section for section in sections(folder) if section.name == "prediction").rows
+        for panel in ("margin after money-bad", "margin after repair-bad"):
+            lines = [line for line in drawn.loc[drawn["panel"] == panel, "line"]]
+            order = order or lines
+            assert lines == order
+    assert order[:2] == ["activations", "untrained twin"] and order[-2:] == ["ΔR² over text", "ΔR² over text, margin"]
+    assert order.index("margin before") < order.index("another seed, after")
+
+
+def test_every_section_begins_with_what_was_found(effect, nothing):
+    for of, verdict in ((effect, "found"), (nothing, "not found")):
+        page = report.build(of).read_text(encoding="utf-8")
+        head = page[page.index('<section id="prediction">') : page.index('data-figure="figure-prediction"')]
+        told = answer(opened(of), "Prediction from activations")
+        assert f">{verdict}</span> {told.claim}</p>" in head and told.verdict == verdict
+
+
+def test_layer_by_layer_there_is_one_line_of_text_and_no_grey_but_the_null(effect):
+    drawn = next(section for section in sections(opened(effect)) if section.name == "prediction-layers")
+    assert set(drawn.rows["features"]) == {"activations", "untrained twin", "best text baseline", "margin before"}
+    money = drawn.rows[(drawn.rows["trained on"] == "money-bad") & (drawn.rows["target"] == "margin after")].set_index("features")
+    table = opened(effect).tables["prediction"]
+    here = table[(table["run"] == "money-bad linear seed 0") & (table["target"] == "margin after") & (table["metric"] == "r2")]
+    text = here.loc[here["features"].isin(["category", "length", "tfidf"]), "estimate"]
+    assert money.loc["best text baseline", "estimate"] == text.max() > text.min()
+    colours = {trace.line.color for trace in drawn.figure.data if trace.mode and "markers" in trace.mode}
+    assert "#767676" not in colours and {axis.matches for axis in drawn.figure.select_yaxes()} == {"y"}
 
 
 def test_a_rival_that_comes_after_is_shown_and_takes_nothing_away(effect):

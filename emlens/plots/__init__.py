@@ -50,8 +50,8 @@ def by_layer(
 ) -> go.Figure:
     """An estimate along the layers: line and interval band, its null in grey, significant layers as filled points.
 
-    `metric` is one of the result's (its first, if not given); `color`, `dash` and `facet` name key columns (colour: the
-    first key with several values, if not given). Rows with a layer below 0 are baselines and become level lines.
+    `metric` is one of the result's (its first, if not given, and a warning where there are others); `color`, `dash` and `facet` name key
+    columns (colour: the first key with several values, if not given). Rows with a layer below 0 are baselines and become level lines.
     `reference` draws a thin level line (0, or 0.5 for an AUC).
 
     Errors: KeyError for a column or a metric that is not there, ValueError for a result without rows.
@@ -75,6 +75,7 @@ def by_layer(
             panel.estimate(one, "layer", style.series_name(shade, dashed), colours[shade], dashes[dashed], alpha)
         if reference is not None:
             panel.level(reference)
+    fig.update_yaxes(matches="y")  # one metric: panels are to be compared
     style.explain_marks(fig, rows, alpha)
     return fig
 
@@ -222,22 +223,26 @@ def matrix(
 
 def forest(
     result: pd.DataFrame,
-    label: Sequence[str],
+    label: Sequence[str] | None = None,
     *,
     color: str | None = None,
     facet: str | None = None,
     alpha: float = 0.05,
-    x_title: str = "difference (nats/token)",
+    x_title: str | None = None,
     lowest: float | None = None,
 ) -> go.Figure:
-    """Estimates one a line with their intervals, filled where q < alpha; `label` columns name the lines, 0 is marked.
+    """Estimates one a line with their intervals, filled where q < alpha; 0 is marked.
 
-    A null band (null_low, null_high) is a grey bar behind its estimate, a `ceiling` an upright stroke. What lies below `lowest` is drawn
+    `label` columns name the lines (the keys, the metric and the null that have several values, if not given), `x_title` the axis (the
+    metric). A null band (null_low, null_high) is a grey bar behind its estimate, a `ceiling` an upright stroke. What lies below `lowest` is drawn
     as an arrow at the edge (its number shows on hover).
     """
+    label = style.label_of(result, facet) if label is None else label
     style.require(result, [*label, "estimate", "low", "high", *(name for name in (color, facet) if name)])
     colours, frames = style.colours(result, color), style.facets(result, facet)
-    fig, panels = style.stack(list(frames), x_title, [""] * len(frames), height=[max(46 * len(frame), 60) for frame in frames.values()])
+    fig, panels = style.stack(
+        list(frames), x_title or style.metric_of(result), [""] * len(frames), height=[max(46 * len(frame), 60) for frame in frames.values()]
+    )
     for panel, frame in zip(panels, frames.values(), strict=True):
         lines = style.labels(frame, label)
         panel.bars(frame, lines, lowest)

@@ -14,6 +14,8 @@ from plotly.offline import get_plotlyjs
 
 from emlens.plots.style import CONFIG, FONT, LEGEND_HEIGHT
 
+_BAR = 8
+"""Width from which on a line is a bar."""
 _DASHES = {
     "solid": "",
     "dash": "6 4",
@@ -83,6 +85,10 @@ def _swatch(trace: go.Scatter) -> str:
         return f'<rect x="1" y="1" width="28" height="10" fill="{trace.fillcolor}" stroke="{trace.line.color}"/>'
     drawn = ""
     colour = trace.line.color or trace.marker.color
+    if "lines" in trace.mode and (trace.line.width or 0) > _BAR:
+        return f'<rect x="1" y="1" width="28" height="10" fill="{colour}"/>'
+    if trace.marker.symbol == "line-ns":
+        return f'<path d="M15 0V12" stroke="{colour}" stroke-width="2"/>'
     if "lines" in trace.mode:
         dashes = _DASHES[trace.line.dash or "solid"]
         drawn += f'<path d="M1 6H29" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}" fill="none"/>'

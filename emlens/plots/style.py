@@ -2,6 +2,7 @@
 
 import html
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from emlens.summaries import telling_keys
 
 REDS = ("#b2182b", "#e8704f", "#7f0f1f", "#f4a582")
 BLUES = ("#2166ac", "#56a0d3", "#0b3c6f", "#92c5de")
@@ -292,8 +295,20 @@ def explain_marks(fig: go.Figure, rows: pd.DataFrame, alpha: float) -> None:
 
 
 def labels(rows: pd.DataFrame, columns: Sequence[str]) -> list[str]:
-    """One label a row: its columns, one a line."""
-    return ["<br>".join(safe(row[column]) for column in columns) for row in rows.to_dict("records")]
+    """One label a row: its columns, one a line, empty ones left out."""
+    return ["<br>".join(safe(row[column]) for column in columns if row[column] != "") for row in rows.to_dict("records")]
+
+
+def label_of(result: pd.DataFrame, facet: str | None) -> list[str]:
+    """What tells one row of a Result from another, and is not its panel."""
+    require(result, ["metric"])
+    return [key for key in telling_keys(result) if key != facet] or ["metric"]
+
+
+def metric_of(result: pd.DataFrame) -> str:
+    """The metric, where there is one."""
+    names = list(dict.fromkeys(result["metric"])) if "metric" in result else []
+    return str(names[0]) if len(names) == 1 else "estimate"
 
 
 def one_metric(result: pd.DataFrame, metric: str | None) -> pd.DataFrame:
@@ -303,6 +318,8 @@ def one_metric(result: pd.DataFrame, metric: str | None) -> pd.DataFrame:
     metrics = list(dict.fromkeys(result["metric"]))
     if metric is not None and metric not in metrics:
         raise KeyError(f"no metric {metric!r} in this result; it has {metrics}")
+    if metric is None and len(metrics) > 1:
+        warnings.warn(f"drawn is {metrics[0]!r} of the metrics {metrics}: metric= draws another", stacklevel=3)
     return result[result["metric"] == (metric or metrics[0])]
 
 

@@ -1,6 +1,6 @@
 """The words under a figure: n, the test, its null and its correction, from the rows drawn and what their attrs say of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -28,14 +28,15 @@ def trained_on(folder: Folder, variants: pd.Series) -> pd.Series:
     return variants.map(runs["domain"].astype(str) + "-" + runs["content"].astype(str)).fillna(variants)
 
 
-def tested(rows: pd.DataFrame, unit: str) -> list[str]:
-    """n, the test, its null and its correction, from the rows and what their attrs say of them."""
+def tested(rows: pd.DataFrame, unit: str, of_null: Mapping[str, str] | None = None) -> list[str]:
+    """n, the test, its null and its correction, from the rows and what their attrs say of them; `of_null`: what each null is that of, in words."""
     attrs: dict[Any, Any] = rows.attrs
     method = str(attrs.get("correction", "an unnamed method"))
     nulls = [null for null in dict.fromkeys(rows["null"]) if null]
     within = f" in {span_of(rows['n_clusters'])} categories" if "n_clusters" in rows and rows["n_clusters"].notna().any() else ""
     lines = [f"n = {span_of(rows['n'])} {unit}{within}; {attrs.get('what', 'estimate')}; intervals: {attrs.get('interval') or 'not described'}."]
-    lines += [f"Null, {null}: {null_of(rows, null) or 'not described'}." for null in nulls]
+    named = {null: f"Null of {of_null[null]}" if of_null and null in of_null else f"Null, {null}" for null in nulls}
+    lines += [f"{named[null]}: {null_of(rows, null) or 'not described'}." for null in nulls]
     told = attrs.get("family") or "all rows"
     family = ", ".join(told) if isinstance(told, list) else told
     lines.append(f"q is p corrected by {_CORRECTIONS.get(method, method)}; family: {family}; seed {attrs.get('seed', '–')}.")

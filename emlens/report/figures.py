@@ -101,7 +101,7 @@ def _margin_change(folder: Folder) -> Drawn:
         beside=named["comparison"].mask(control, short),
         comparison=named["comparison"].mask(control, "control: two runs on the same rows"),
     )
-    figure = plots.forest(drawn, ["run", "beside"], color="comparison")
+    figure = plots.forest(drawn, ["run", "beside"], color="comparison", x_title="difference (nats/token)")
     effect = f"Effect size, Cohen's d_z / rank-biserial: {'; '.join(sizes)}." if sizes else ""
     return figure, named, [*tested(rows, "questions"), effect]
 

@@ -33,6 +33,7 @@ nav a { margin-right: .9em; white-space: nowrap; }
 .chip.mixed { background: #fbe7b8; border-color: #b98a12; color: #5b4300; }
 .chip.description { background: #e9eef5; border-color: #a9b6c6; color: #33475f; }
 .chip.no-answer { background: #fff; border-color: #a9b6c6; border-style: dashed; color: #33475f; }
+.told { font-weight: 600; } .told .chip { margin: 0 .35rem 0 0; }
 .short { font-size: 1.12rem; border-left: 4px solid #0f5f54; padding: .1rem 0 .1rem .8rem; }
 .count { max-width: none; }
 .figure { width: 100%; margin: .6rem 0 .2rem; }

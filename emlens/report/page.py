@@ -89,7 +89,7 @@ def render(folder: Folder, found: Sequence[Finding], sections: Sequence[Section 
         *([f'<p class="short"><b>In short:</b> {_text(short)}</p>'] if (short := in_short(folder, found)) else []),
         _findings(found),
         f'<nav aria-label="Contents">{contents}</nav>',
-        *(_section(section) for section in sections),
+        *(_section(section, [each for each in found if each.section == section.name]) for section in sections),
         answers,
         _card(folder),
         _terms(),
@@ -140,7 +140,7 @@ def _findings(found: Sequence[Finding]) -> str:
     names = {verdict: names.get(verdict, verdict) for verdict in ("found", "mixed", "not found", *names)}
     words = listed([f"{tally[verdict]} {name}" for verdict, name in names.items() if tally[verdict]])
     items = "".join(
-        f'<li><span class="chip {each.verdict.replace(" ", "-")}">{each.verdict}</span><div>'
+        f"<li>{_chip(each)}<div>"
         f'<a class="topic" href="#{_text(each.section)}">{_text(each.topic)}</a>'
         f'<p class="claim">{_text(each.claim)}</p>'
         f'<details class="evidence"><summary>Numbers</summary><ul>{"".join(f"<li>{_kept_together(line)}</li>" for line in each.evidence)}</ul>'
@@ -152,12 +152,16 @@ def _findings(found: Sequence[Finding]) -> str:
     return f'<section id="findings"><h2>Findings</h2><p class="count">{_text(head)} {key}</p><ol class="findings">{items}</ol></section>'
 
 
+def _chip(finding: Finding) -> str:
+    return f'<span class="chip {finding.verdict.replace(" ", "-")}">{finding.verdict}</span>'
+
+
 def _kept_together(line: str) -> str:
     """Escaped, with `q < .001` and `n = 96` on one line."""
     return re.sub(r"\b(q|n|d_z|R²) (&lt;|=|≤) ", "\\1\u00a0\\2\u00a0", _text(line))
 
 
-def _section(section: Section | LeftOut) -> str:
+def _section(section: Section | LeftOut, found: Sequence[Finding]) -> str:
     head = f'<section id="{_text(section.name)}"><h2>{_text(section.title)}</h2>'
     if isinstance(section, LeftOut):
         tables = listed([f"{name}" for name in section.tables])
@@ -169,7 +173,8 @@ def _section(section: Section | LeftOut) -> str:
         f'<div class="figure" style="height:{height}px" role="img" data-figure="figure-{_text(section.name)}" '
         f'aria-label="{_text(section.title)}: {_text(section.asked)}"></div>'
     )
-    return f"{head}<p>{_text(section.asked)}</p>{box}{legend(section.figure)}{captions}{_rows(section)}</section>"
+    answers = "".join(f'<p class="told">{_chip(each)} {_text(each.claim)}</p>' for each in found)
+    return f"{head}<p>{_text(section.asked)}</p>{answers}{box}{legend(section.figure)}{captions}{_rows(section)}</section>"
 
 
 def _rows(section: Section) -> str:

@@ -67,7 +67,9 @@ def prediction_table(
     for part in parts:
         part["features"] = part["features"].replace({before.site: ACTIVATIONS})
         part["p_floor"] = 1 / (n_permutations + 1)
-    found.attrs["null"] = {**found.attrs["null"], _NULL_TEXT: more.attrs["null"][_NULL]}
+    named = {_NULL: (found, "and the margin before (its square and its rank too)"), _NULL_TEXT: (more, "alone")}
+    said = {null: one.attrs["null"][_NULL].replace(repr(one.attrs["beyond"]["name"]), words) for null, (one, words) in named.items()}
+    found.attrs["null"] = {**found.attrs["null"], **said}
     found.attrs["ceiling"] = (
         "1 - noise / variance of the target, the noise what differs between seeds of one tuning; not known where there is one seed"
     )
