@@ -289,6 +289,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import emlens; dir(emlens); emlens.__version__") == set()
 
 
+def test_a_folder_of_our_name_beside_a_script_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    (tmp_path / "emlens").mkdir()
+    (tmp_path / "script.py").write_text("import emlens; print(emlens.__file__)")
+    found = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == Path(emlens.__file__)
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import runpy, sys
