@@ -71,7 +71,7 @@ _ROOMS = (
     "geometry", "measures", "by_prompt", "correlations", "calibration", "shifts", "nulls", "directions", "vectors", "fitting", "separation",
     "personas", "screening", "comparing", "effects", "prediction", "predictor", "portables", "conformal", "features", "learners", "folds",
     "scores", "shuffles", "gains", "refusals", "crossvalidated", "ridge", "baselines", "embeddings", "presets", "steering", "coherence",
-    "convergence", "tuning", "dynamics", "stats", "summaries", "resampling", "plots", "study", "report", "cli",
+    "convergence", "tuning", "dynamics", "stats", "names", "summaries", "resampling", "plots", "study", "report", "cli",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_ROOMS]

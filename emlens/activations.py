@@ -19,6 +19,9 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed",
 
 SINGLE_LAYER_SITES = ("embed", "final_norm")
 
+ROW_ID, INVENTED = "row-{:05d}", r"row-\d{5,}"
+"""The id of a prompt that came without one, and how such ids are known."""
+
 FACTS = "facts.parquet"
 
 
@@ -111,7 +114,16 @@ class Activations(Exchange):
         position: str = "last",
         meta: Mapping[str, Any] | None = None,
     ) -> "Activations":
-        """Wrap an array ``[prompt, layer, d_model]`` (or ``[prompt, d_model]``: one layer); no model is needed."""
+        """Wrap an array ``[prompt, layer, d_model]`` (or ``[prompt, d_model]``: one layer); no model is needed.
+
+        Args:
+            facts: a row per prompt, in the order of the rows. ``id`` names the prompt: recordings are paired by it, and without it rows are
+                named by their number. ``messages``, ``text``, ``question`` or ``prompt`` hold the text (for baselines of text, and to find
+                copies), any column may be a target, a baseline, or groups (``category``).
+            layers: block indices; 0, 1, … if not given.
+            site: one of the names of TransformerLens; ``position``: what was read, say ``"last"``.
+            meta: of which model they are; recordings of two models are told apart by it.
+        """
         values = np.asarray(values, dtype=np.float32)
         if values.ndim == 2:
             values = values[:, None, :]
@@ -119,7 +131,7 @@ class Activations(Exchange):
             raise ValueError(f"values have shape {values.shape}; needed are [prompt, layer, d_model] or [prompt, d_model]")
         table = pd.DataFrame(facts).reset_index(drop=True) if facts is not None else pd.DataFrame(index=range(len(values)))
         if "id" not in table.columns:
-            table.insert(0, "id", [f"row-{i:05d}" for i in range(len(table))])
+            table.insert(0, "id", [ROW_ID.format(i) for i in range(len(table))])
         places = Place(site, tuple(range(values.shape[1])) if layers is None else tuple(int(i) for i in layers), position)
         return cls(values, table, places, dict(meta or {}))
 

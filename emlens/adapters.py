@@ -22,7 +22,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_FILE, cached_file
 
 from . import store
 from .loading import UNREADABLE, LoadError, near_path
-from .prompts import meant
+from .names import meant
 
 On = str | tuple[str, Collection[int]] | None
 """Which adapter is on: a name; ``(name, layers)``, its part in these blocks alone; None for the loaded weights."""

@@ -24,7 +24,8 @@ from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from . import _identity
-from .activations import Activations
+from .activations import INVENTED, Activations
+from .names import meant
 from .prompts import user_text
 from .ridge import Features, fixed, scale
 
@@ -156,7 +157,8 @@ def _look_up(baseline: Baseline, facts: pd.DataFrame, category: str | None) -> B
         return _column(facts, baseline)
     known = ", ".join(repr(name) for name in dict.fromkeys((*DEFAULT, *TEXT, *PER_LAYER)))
     raise KeyError(
-        f"unknown baseline {baseline!r}: choose among {known}, a numeric column of the facts {list(facts.columns)}, or pass a function facts -> array"
+        f"unknown baseline {baseline!r}: choose among {known}, a numeric column of the facts {list(facts.columns)}, or pass a function facts -> "
+        f"array.{meant(baseline, (*DEFAULT, *TEXT, *PER_LAYER, *facts.columns))}"
     )
 
 
@@ -314,10 +316,12 @@ def _elsewhere(acts: Activations, other: Activations, name: str) -> list[tuple[i
         raise ValueError(f"the rival {name!r} was recorded at {other.place}, the activations at {acts.place}: record both at one site and position")
     paired = same_prompts(acts, other)
     mine, theirs = relative_depths(acts), relative_depths(paired)
+    nameless = acts.ids.str.fullmatch(INVENTED).all() and text_column(acts.facts) is None
+    by_row = "; paired by row number, since neither side names its prompts" if nameless else ""
     out = []
     for layer, depth in zip(acts.layers, mine, strict=True):
         at = int(np.abs(theirs - depth).argmin())
-        note = f"the same prompts in {name}, at layer {paired.layers[at]} (relative depth {theirs[at]:.2f} for {depth:.2f})"
+        note = f"the same prompts in {name}, at layer {paired.layers[at]} (relative depth {theirs[at]:.2f} for {depth:.2f}){by_row}"
         out.append((layer, Block(name, fixed(paired.values[:, at]), "each", note)))
     return out
 
@@ -373,15 +377,26 @@ def copies(values: Float[np.ndarray, "prompt layer d_model"], facts: pd.DataFram
     return sorted(pairs)
 
 
-def refuse_copies(acts: Activations, codes: Int[np.ndarray, " prompt"] | None, groups: str | None) -> None:
+def refuse_copies(acts: Activations, codes: Int[np.ndarray, " prompt"] | None, groups: str | None, how: str = "refuse") -> list[str]:
     """ValueError when a prompt and its copy lie in different groups (`codes`, of the fact `groups`): a held-out group is
-    then not unseen. Without groups, where folds promise nothing, a UserWarning."""
+    then not unseen; with `how` "allow" the words that say so. Without groups, where folds promise nothing, a UserWarning."""
+    if how not in ("refuse", "allow"):
+        raise ValueError(f"copies={how!r}: 'refuse' a prompt that stands in two groups, or 'allow' it where prompts come again by design")
     pairs = copies(acts.values, acts.facts)
     bad = pairs if codes is None else [pair for pair in pairs if codes[pair[0]] != codes[pair[1]]]
     if not bad:
-        return
+        return []
     one, other = (acts.facts["id"].iloc[i] for i in bad[0])
     found = f"{len(bad)} pairs of prompts are copies (same text or same activations), e.g. {one!r} and {other!r}"
-    if codes is not None:
-        raise ValueError(f"{found}, and lie in different groups of {groups!r}: drop one of each, or give both one group")
-    warnings.warn(f"{found}: plain folds train on copies of what they test; drop them, or use groups=", stacklevel=3)
+    if codes is None:
+        warnings.warn(f"{found}: plain folds train on copies of what they test; drop them, or use groups=", stacklevel=3)
+        return []
+    if how == "refuse":
+        raise ValueError(
+            f"{found}, and lie in different groups of {groups!r}: drop one of each, give both one group, or, where every group is asked the same "
+            "prompts by design (each is a model, say), copies='allow'"
+        )
+    return [
+        f"a held-out group of {groups!r} is new, its prompts are not ({len(bad)} pairs of copies, allowed): what a prompt scored in the other groups "
+        "foretells most of it; set this beside a fact with that mean"
+    ]

@@ -16,12 +16,14 @@ from scipy import stats as scipy_stats
 
 from . import stats
 from .effects import TESTS, Pair, tested
+from .names import meant, several
 from .resampling import codes_of
 
 SCORES = ("aligned", "harmless", "coherent", "margin")
 UNBOUNDED = "margin"
 HOUSE = ("sign_flip", "wilcoxon", "paired_t", "paired_levene", "permutation")
 REPEATED = ("reliability", "disattenuated")
+_OTHER_IDS = ("question", "prompt", "prompt_id", "qid", "text", "messages")
 CIRCUMSTANCES = ("judge", "prompt_format", "template_sha256", "system", "temperature", "max_new_tokens")
 TOLERATED = 0.05
 """Share of missing scores, and difference in sample size, above which a comparison is warned of."""
@@ -97,13 +99,13 @@ def compare_scores(
     after: pd.DataFrame | Mapping[str, pd.DataFrame],
     by: str | None = None,
     *,
-    scores: Sequence[str] | None = None,
-    of: Sequence[str] | None = None,
-    tests: Sequence[str] | None = None,
-    scales: Sequence[str] = ("score",),
+    scores: str | Sequence[str] | None = None,
+    of: str | Sequence[str] | None = None,
+    tests: str | Sequence[str] | None = None,
+    scales: str | Sequence[str] = ("score",),
     clusters: str | None = None,
     correction: str = "bh",
-    family: Sequence[str] = ("metric", "null"),
+    family: str | Sequence[str] = ("metric", "null"),
     level: float = 0.95,
     n_permutations: int = 5000,
     n_boot: int = 2000,
@@ -135,32 +137,33 @@ def compare_scores(
 
     Errors: KeyError for a column that is not there, ValueError for fewer than three shared questions, unknown names, spread without answers.
     """
-    several = isinstance(after, Mapping)
     sides = _sides(before, after)
-    _refuse_unknown(tests or (), scales, of or ())
+    scores, family, scales = None if scores is None else several("scores", scores), several("family", family), several("scales", scales, SCALES)
+    of, tests = several("of", of, ("mean", "spread")) if of else None, several("tests", tests, TESTS) if tests else None
     rows: list[dict[str, Any]] = []
     cautions: list[str] = []
     for name, (first, second) in sides.items():
         named = _shared(first, second, scores)
-        both, warned = _paired(first, second, named, name if several else "")
+        both, warned = _paired(first, second, named, name)
         cautions += warned
         levels = {"": both} if by is None else dict(iter(both.groupby(_fact(both, by), sort=False)))
         asked = [(test, *each) for each in product(named, _wanted(both, named, of), scales) for test in _chosen(both, named, tests)]
         for value, part in levels.items():
-            keys = ({"comparison": name} if several else {}) | ({} if by is None else {by: value})
+            keys = ({"comparison": name} if isinstance(after, Mapping) else {}) | ({} if by is None else {by: value})
             for test, score, one, scale in asked:
                 if test in REPEATED and (one, scale) != ("mean", "score"):
                     continue
                 pair, told = _pair(part, score, one, scale, clusters)
                 found = tested(test, pair, level, n_boot, n_permutations, seed)
                 rows += [keys | {"score": score, "of": one, "scale": scale} | row | told for row in found]
-    for caution in cautions:
+                cautions += [f"{name}: {each}" if name else each for each in _noisy(score, found)]
+    for caution in (cautions := list(dict.fromkeys(cautions))):
         warnings.warn(caution, stacklevel=2)
     used = list(dict.fromkeys(row["null"] for row in rows))
     unit = "questions" if clusters is None else f"whole clusters of {clusters!r}"
-    keys_shown = [*(["comparison"] if several else []), *([] if by is None else [by]), "score", "of", "scale"]
+    keys_shown = [*(["comparison"] if isinstance(after, Mapping) else []), *([] if by is None else [by]), "score", "of", "scale"]
     return stats.result(
-        rows, keys_shown, what="scores after minus before, paired by question", correction=correction, family=list(family), seed=seed,
+        rows, keys_shown, what="scores after minus before, paired by question", correction=correction, family=family, seed=seed,
         interval=f"{level:.0%}, bootstrap over {unit}", null={name: TESTS[name].hypothesis for name in used}, tail="two-sided",
         scales={name: SCALES[name].formula for name in scales}, cautions=cautions, clusters=clusters or "",
     )  # fmt: skip
@@ -179,26 +182,43 @@ def _sides(before: Any, after: Any) -> dict[str, tuple[pd.DataFrame, pd.DataFram
 
 
 def _table(scores: pd.DataFrame, side: str) -> pd.DataFrame:
+    if not isinstance(scores, pd.DataFrame):
+        raise TypeError(f"{side} is of type {type(scores).__name__}; a table is needed, with a question_id or id and scores in 0 … 100 as columns")
     name = next((c for c in ("question_id", "id") if c in scores), None)
     if name is None or scores.empty:
-        raise KeyError(f"{side}: a table of {len(scores)} rows with columns {list(scores.columns)}; a question_id or id, and rows, are needed")
+        other = next((c for c in _OTHER_IDS if c in scores), None)
+        way_out = "" if other is None else f": if {other!r} names the question, table.rename(columns={{{other!r}: 'id'}}) on both sides"
+        raise KeyError(
+            f"{side}: a table of {len(scores)} rows with columns {list(scores.columns)}; a question_id or id, and rows, are needed{way_out}"
+        )
     if scores[name].duplicated().any():
         return by_question(scores).set_index("id")
     return scores.set_index(name).rename_axis("id")
 
 
 def _named(table: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
+    """The scores asked for, those of `SCORES` where none are; TypeError where one holds text."""
     named = list(columns) if columns is not None else [c for c in SCORES if c in table]
     if not named:
         raise ValueError(f"no score among the columns {list(table.columns)}: name them, scores=[…]")
+    for column in (c for c in named if c in table and not pd.api.types.is_numeric_dtype(table[c])):
+        raise TypeError(
+            f"the score {column!r} holds {table[column].dtype}, e.g. {table[column].iloc[0]!r}; numbers are needed: "
+            f"table[{column!r}] = pd.to_numeric(table[{column!r}], errors='coerce') makes what is none of them missing"
+        )
     return named
 
 
 def _shared(first: pd.DataFrame, second: pd.DataFrame, scores: Sequence[str] | None) -> list[str]:
-    named = _named(first, scores) if scores is not None else [c for c in _named(first, None) if c in second]
+    named = [c for c in _named(first, scores) if scores is not None or c in second]
+    _named(second, named)
     absent = {side: [c for c in named if c not in table] for side, table in (("before", first), ("after", second))}
     if not named or any(absent.values()):
-        raise KeyError(f"scores on both sides are needed; not there: {absent}; before has {list(first.columns)}, after {list(second.columns)}")
+        lost = next((c for side in absent.values() for c in side), "")
+        raise KeyError(
+            f"scores on both sides are needed; not there: {absent}; before has {list(first.columns)}, after {list(second.columns)}."
+            f"{meant(lost, (*first.columns, *second.columns))}"
+        )
     return named
 
 
@@ -207,8 +227,11 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, named: list[str], compari
     both = first.add_suffix("|before").join(second.add_suffix("|after"), how="inner")
     kept = both[both[[f"{score}|{side}" for score in named for side in ("before", "after")]].notna().all(axis=1)]
     if len(kept) < 3:
-        raise ValueError(f"{len(kept)} questions have {', '.join(named)} on both sides ({len(first)} before, {len(second)} after): three are needed")
-    told = [*_differences(both, named[0]), *_gaps(both, named)]
+        ids = "" if len(both) else f"; no id is on both, e.g. {first.index[0]!r} before and {second.index[0]!r} after"
+        raise ValueError(
+            f"{len(kept)} questions have {', '.join(named)} on both sides ({len(first)} before, {len(second)} after): three are needed{ids}"
+        )
+    told = [*_differences(both, named[0]), *_gaps(both, named), *_of_another_scale(kept, named)]
     if len(both) < max(len(first), len(second)):
         told.insert(0, f"{len(both)} questions are on both sides, of {len(first)} before and {len(second)} after: the others are left out")
     return kept, [f"{comparison}: {each}" if comparison else each for each in told]
@@ -240,6 +263,26 @@ def _gaps(both: pd.DataFrame, named: list[str]) -> list[str]:
         "give them the score they deserve"
         for (score, side), share in shares.items()
         if share > TOLERATED
+    ]
+
+
+def _of_another_scale(both: pd.DataFrame, named: list[str]) -> list[str]:
+    """Scores that look like shares of 1: here they go from 0 to 100."""
+    shares = [
+        score for score in named if score != UNBOUNDED and both[[f"{score}|{side}" for side in ("before", "after")]].stack().between(0, 1).all()
+    ]
+    return [f"{score} lies between 0 and 1 on both sides; scores go from 0 to 100 here (ends of the scale, logit): times 100?" for score in shares]
+
+
+def _noisy(score: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That questions cannot be told apart by their means, where the answers say so."""
+    names = {"reliability_before": "before", "reliability_after": "after"}
+    known = {names[row["metric"]]: row["estimate"] for row in rows if row["metric"] in names}
+    return [
+        f"the reliability of {score} {side} is {value:.2f}: its noise over answers is as large as what differs between questions, so a correlation "
+        "cannot be freed of noise (disattenuated is not given); draw more answers a question"
+        for side, value in known.items()
+        if value <= 0
     ]
 
 
@@ -275,13 +318,6 @@ def _counted(both: pd.DataFrame, named: list[str]) -> bool:
     return _spreads(both, named) and all(_count(both, s, side) is not None for s in named for side in ("before", "after"))
 
 
-def _refuse_unknown(tests: Sequence[str], scales: Sequence[str], of: Sequence[str]) -> None:
-    for what, given, known in (("tests", tests, TESTS), ("scales", scales, SCALES), ("of", of, ("mean", "spread"))):
-        unknown = [name for name in given if name not in known]
-        if unknown or isinstance(given, str):
-            raise ValueError(f"{what}={given!r}: unknown {unknown}; a sequence of these is needed: {', '.join(known)}")
-
-
 def _wanted(both: pd.DataFrame, named: list[str], of: Sequence[str] | None) -> Sequence[str]:
     """Means, and spreads where both sides know them; ValueError for spreads that are asked for and not there."""
     known = ("mean", "spread") if _spreads(both, named) else ("mean",)
@@ -304,7 +340,10 @@ def _fact(both: pd.DataFrame, column: str) -> np.ndarray:
     """A fact of the questions, from either side; both must agree."""
     found = [both[f"{column}|{side}"] for side in ("before", "after") if f"{column}|{side}" in both]
     if not found:
-        raise KeyError(f"no column {column!r} on either side that is the same for all answers of a question")
+        sides = list(dict.fromkeys(str(name).rpartition("|")[0] for name in both.columns))
+        raise KeyError(
+            f"no column {column!r} on either side that is the same for all answers of a question; there are {sides}.{meant(column, sides)}"
+        )
     if any(one.isna().any() for one in found):
         raise ValueError(f"{column!r} is missing for some of {len(both)} questions: fill it first")
     if len(found) == 2 and (found[0].astype(str) != found[1].astype(str)).any():

@@ -18,6 +18,7 @@ from ._sides import check_same_place
 from .activations import SINGLE_LAYER_SITES, Activations
 from .baselines import TEXT, Baseline, Block, block, same_prompts, side_by_side
 from .directions import Direction, project
+from .names import meant
 from .ridge import Features, fixed, scale
 from .subspaces import explained_energy, leading_eigenvectors, principal_components, unit_rows
 
@@ -248,7 +249,7 @@ def feature_set(given: str | FeatureSet) -> FeatureSet:
     if given not in NAMED:
         raise ValueError(
             f"unknown features {given!r}: choose among {', '.join(map(repr, NAMED))}, or give a FeatureSet, "
-            "say em.features.projections(direction) or em.features.subspace_energy(train_acts, k=8)"
+            f"say em.features.projections(direction) or em.features.subspace_energy(train_acts, k=8).{meant(given, NAMED)}"
         )
     return NAMED[given]()
 

@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from . import store
-from .activations import Activations
+from .activations import ROW_ID, Activations
 from .prompts import chat_digest, user_text
 
 PERSONA_POSITIONS = {"prompt_avg": "mean_all", "response_avg": "mean_response", "prompt_last": "last"}
@@ -95,7 +95,7 @@ def read_persona(path: str | os.PathLike, position: str | None = None, ids: Sequ
             f"{path.name} does not say its position ({', '.join(PERSONA_POSITIONS)}); give position='last', 'mean_all' or 'mean_response'"
         )
     one = stack.ndim == 2
-    names = list(ids) if ids is not None else [path.stem] if one else [f"row-{i:05d}" for i in range(len(stack))]
+    names = list(ids) if ids is not None else [path.stem] if one else [ROW_ID.format(i) for i in range(len(stack))]
     parts = from_hidden_states(stack[None] if one else stack)
     meta = {"source": path.name, "n_layers": stack.shape[-2] - 1}
     return {site: Activations.from_array(values, {"id": names}, layers, site, position or named[0], meta) for site, (values, layers) in parts.items()}

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy.special import xlogy
 from sklearn.linear_model import LogisticRegression, lasso_path
 
+from .names import meant
 from .ridge import PENALTIES, Features, Fold, Nested, nested_ridge, penalty_grid, scale
 from .threads import side_by_side
 
@@ -222,7 +223,8 @@ def learner(given: str | Learner, penalties: Sequence[float] | None = None) -> L
     """A learner by its name, with these penalties or its own, or as it is; ValueError lists the names."""
     if isinstance(given, str) and given not in NAMED:
         raise ValueError(
-            f"unknown model {given!r}: choose among {', '.join(map(repr, NAMED))}, or give a Learner, say em.learners.lasso([0.01, 0.1])"
+            f"unknown model {given!r}: choose among {', '.join(map(repr, NAMED))}, or give a Learner, say em.learners.lasso([0.01, 0.1])."
+            f"{meant(given, NAMED)}"
         )
     if penalties is None:
         return NAMED[given]() if isinstance(given, str) else given

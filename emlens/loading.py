@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from . import store
-from .prompts import PLAIN_TEMPLATE, meant
+from .names import meant
+from .prompts import PLAIN_TEMPLATE
 
 
 class LoadError(ValueError):

@@ -117,8 +117,11 @@ def random_twin(model: "HookedModel", seed: int = 0) -> "HookedModel":
         seed: of the weights. They are drawn in float32 on the CPU, and then cast: one seed is one model on every device.
 
     Raises:
+        TypeError: a name in place of a model.
         ValueError: a remote model, whose shape could only be filled here.
     """
+    if not isinstance(model, HookedModel):
+        raise TypeError(f"model is of type {type(model).__name__}, {model!r}; an opened model is needed: em.random_twin(em.load_model(...))")
     if model.device.type == "meta":
         raise ValueError(f"the weights of {model.name} are elsewhere (remote=): a random twin is made here; open a model that fits this machine")
     hf = loading.initialised(model.hf, seed)

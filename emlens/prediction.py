@@ -46,9 +46,9 @@ def predict(
     groups: str | None = None,
     features: str | FeatureSet | Sequence[str | FeatureSet] = "raw",
     model: str | Learner = "ridge",
-    baselines: Sequence[Baseline] | Mapping[str, Baseline] = DEFAULT,
-    metrics: Sequence[str] = ("r2",),
-    nulls: Sequence[str] | None = None,
+    baselines: Baseline | Sequence[Baseline] | Mapping[str, Baseline] = DEFAULT,
+    metrics: str | Sequence[str] = ("r2",),
+    nulls: str | Sequence[str] | None = None,
     n_permutations: int = 1000,
     n_folds: int | None = None,
     repeats: int = 1,
@@ -56,6 +56,7 @@ def predict(
     beyond: Baseline | Sequence[Baseline] = BEST_TEXT,
     noise: str | None = None,
     trials: str | None = None,
+    copies: str = "refuse",
     level: float = 0.95,
     seed: int = 0,
 ) -> stats.Result:
@@ -86,6 +87,9 @@ def predict(
                number of answers behind a rate. `reliability`: 1 - mean(se^2) / var(y); `ceiling`: what each metric could
                reach at best (NaN where that is not known).
 
+    copies     of a prompt in different groups: "refuse"; "allow" where prompts come again by design, as when each group is a model that
+               is asked the same questions. Then a held-out group is new, its prompts are not: `.attrs["cautions"]` says so.
+
     Returns a Result with keys layer, features: one row per block (and baseline) x metric x null. low, high: bootstrap
     over whole groups of the out-of-fold errors (fold_r2, fold_rmse: Nadeau and Bengio 2003). null_low, null_high: the
     central `level` of the null draws; best_null_low, best_null_high: of the best row of a family in each draw, which is what
@@ -96,13 +100,14 @@ def predict(
     is constant or has NaN, fewer groups than folds, groups equal to rows, copies of a prompt in different groups (a
     warning without groups), a baseline that is the target.
     """
+    refusals.refuse_other_than_activations(acts)
     y = refusals.target_of(acts.facts, target)
     codes = refusals.group_codes(acts.facts, groups)
-    named = tuple(nulls) if nulls is not None else ("all_rows" if groups is None else "within_groups",)
+    nulls = nulls if nulls is not None else "all_rows" if groups is None else "within_groups"
     learner = learners.learner(model, penalties)
     plain = learners.learner("ridge", penalties if model == "ridge" else None)
-    refusals.check_request(metrics, named, codes, y, n_permutations, repeats, learner)
-    refuse_copies(acts, codes, groups)
+    metrics, named = refusals.check_request(metrics, nulls, codes, y, n_permutations, repeats, learner)
+    again = refuse_copies(acts, codes, groups, copies)
     variance = noise_variance(acts.facts, target, y, noise, trials)
     folds = make_folds(len(y), codes, n_folds, seed, repeats)
     asked = Asked(y, codes, folds.rounds, level, seed)
@@ -149,7 +154,7 @@ def predict(
         features=notes["features"],
         baselines=notes["baselines"],
         ceiling=_ceiling_in_words(target, variance, noise, trials),
-        cautions=[_CAUTIONS[each] for each in (*metrics, *told) if each in _CAUTIONS and groups is not None],
+        cautions=[*again, *(_CAUTIONS[each] for each in (*metrics, *told) if each in _CAUTIONS and groups is not None)],
     )
     out.attrs["family"] = "all rows of activations shown, for each metric and null; each baseline is a family of its own (over its layers)"
     if added is not None:
@@ -176,16 +181,16 @@ def _entries(
     target: str,
     groups: str | None,
     features: str | FeatureSet | Sequence[str | FeatureSet],
-    baselines: Sequence[Baseline] | Mapping[str, Baseline],
+    baselines: Baseline | Sequence[Baseline] | Mapping[str, Baseline],
     seed: int,
 ) -> list[_Entry]:
     sets = [feature_set(one) for one in ([features] if isinstance(features, str | FeatureSet) else features)]
-    if not sets or isinstance(baselines, str):
-        raise ValueError(f"features are {features!r}, baselines {baselines!r}: needed are one or more feature sets, and a sequence of baselines")
+    if not sets:
+        raise ValueError(f"features are {features!r}: needed are one or more feature sets")
     out = [_Entry(layer, block, 0, one.note) for one in sets for layer, block in one.blocks(acts)]
     shown = [i for i in acts.layers if i in {e.layer for e in out}]
     beside = acts.select(layers=shown) if shown and len(shown) < len(acts.layers) else acts
-    named = list(baselines.items()) if isinstance(baselines, Mapping) else [(None, baseline) for baseline in baselines]
+    named = list(baselines.items()) if isinstance(baselines, Mapping) else [(None, baseline) for baseline in _sequence(baselines)]
     for at, (name, baseline) in enumerate(named, start=1):
         out += [_Entry(layer, block, at, block.note) for layer, block in rivals(baseline, beside, groups, target, name, seed)]
     twice = [key for key, times in Counter((e.layer, e.block.name) for e in out).items() if times > 1]
@@ -195,6 +200,11 @@ def _entries(
         way_out = "baselines={'name': baseline, ...} names them apart" if rival else "features.named('another') tells them apart"
         raise ValueError(f"two {'baselines' if rival else 'feature sets'} share a name, {name!r} (layer {layer}): {way_out}")
     return out
+
+
+def _sequence(baselines: Baseline | Sequence[Baseline]) -> Sequence[Baseline]:
+    """One baseline, or several, as several."""
+    return baselines if isinstance(baselines, Sequence) and not isinstance(baselines, str) else [baselines]
 
 
 def _notes(entries: Sequence[_Entry]) -> dict[str, dict[str, str]]:
@@ -213,8 +223,7 @@ def _texts(
     if isinstance(beyond, str) and beyond == BEST_TEXT:
         given = [e.block for e in entries if e.family and e.block.text]
         return BEST_TEXT, given or [block(b, acts.facts, groups, target) for b in DEFAULT if b in TEXT]
-    several = beyond if isinstance(beyond, Sequence) and not isinstance(beyond, str) else [beyond]
-    every = [block(b, acts.facts, groups, target) for b in several]
+    every = [block(b, acts.facts, groups, target) for b in _sequence(beyond)]
     if not every:
         raise ValueError("beyond=() names no text: give 'best_text', a baseline, or several")
     return (every[0].name if len(every) == 1 else f"best of {', '.join(b.name for b in every)}"), every

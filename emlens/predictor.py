@@ -103,8 +103,9 @@ class Predictor:
         anchors   of a predictor on "anchors": the same anchor prompts in another model; `acts` are then of that model, at one
                   layer, select(layers=[...]). The measured coverage is the first model's, `.attrs` says so.
 
-        Errors: ValueError for another place, width or model, or rows outside.
+        Errors: TypeError for what are no Activations; ValueError for another place, width or model, or rows outside.
         """
+        refusals.refuse_other_than_activations(acts)
         if outside not in ("refuse", "nan"):
             raise ValueError(f"outside={outside!r}: 'refuse' such rows, or 'nan' for NaN in their place")
         x = self._features(acts, anchors)
@@ -130,9 +131,15 @@ class Predictor:
             "target_range": list(self.target_range),
             "distance": f"1 is the farthest row of a held-out group; beyond {MARGIN} refused",
             "model": self._model_in_words(acts, anchors),
-            "cautions": self.cautions,
+            "cautions": [*self.cautions, *self._outside_the_range(table["prediction"])],
         }
         return table
+
+    def _outside_the_range(self, predictions: pd.Series) -> list[str]:
+        least, most = self.target_range
+        n = int(((predictions < least) | (predictions > most)).sum())
+        told = f"{n} of {len(predictions)} predictions lie outside the range of {self.target!r} in training, {least:.4g} to {most:.4g}"
+        return [f"{told}: a ridge knows no bounds; clip them where the scale has ends"] * (n > 0)
 
     def _model_in_words(self, acts: Activations, anchors: Activations | None) -> str:
         if anchors is not None:
@@ -233,28 +240,41 @@ def fit_predictor(
     acts: Activations,
     target: str,
     *,
-    layer: int,
+    layer: int | None = None,
     groups: str | None = None,
     features: str | FeatureSet = "raw",
     penalties: Sequence[float] = PENALTIES,
+    copies: str = "refuse",
     level: float = 0.9,
     seed: int = 0,
 ) -> Predictor:
     """Fit the ridge of a row of `em.predict` (same features, groups and folds) on all prompts, to be saved and applied to new ones.
 
-    layer      the block whose activations are read. features: "raw", "squared_projections", `portable(...)`, or any FeatureSet
-               that is a function of a row alone; those fitted on the training rows (PCA axes, text) are refused.
+    layer      the block whose activations are read; None: the one that was recorded.
+    features   "raw", "squared_projections", `portable(...)`, or any FeatureSet that is a function of a row alone; those fitted on the
+               training rows (PCA axes, text) are refused.
     penalties  the one with the least mean over the folds of the mean squared error is kept.
+    copies     of a prompt in different groups: "refuse" or "allow", as in `em.predict`.
     level      of the intervals; K groups can guarantee K / (K + 1) at best. A UserWarning says so, and when groups are fewer
                than 20. groups=None: single prompts are held out, which says nothing of a new category.
+
+    A ridge knows no bounds: of a rate or a score with ends, predictions may lie outside; they are not clipped, `.attrs["cautions"]` of a
+    prediction counts them.
 
     Errors: as `em.predict` for the target, the groups and copies of a prompt in different groups; KeyError for a layer that was
     not recorded; ValueError for features that cannot be applied to new rows, or a level outside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level is {level}: a share between 0 and 1, both excluded, say 0.9")
+    refusals.refuse_other_than_activations(acts)
+    if layer is None and len(acts.layers) > 1:
+        raise ValueError(
+            f"which layer? {list(acts.layers)} were recorded: layer= names one. em.predict shows what each foretells; the R2 of the best of many is "
+            "too high by the choice"
+        )
+    layer = acts.layers[0] if layer is None else layer
     y, codes = refusals.target_of(acts.facts, target), refusals.group_codes(acts.facts, groups)
-    refuse_copies(acts, codes, groups)
+    again = refuse_copies(acts, codes, groups, copies)
     there = acts.select(layers=[layer])
     given = portable(features) if isinstance(features, str) and features in {*portables.KINDS} & {*sets.NAMED} else sets.feature_set(features)
     chosen = portables.at_layer(given, layer)
@@ -304,8 +324,8 @@ def fit_predictor(
         conformal=found,
         seen=known._replace(farthest=float(farthest)),
     )
-    if groups is not None and out.cautions:
-        warnings.warn("; ".join(out.cautions), stacklevel=3)  # of the caller, past the decorator
+    if groups is not None and (said := [*again, *out.cautions]):
+        warnings.warn("; ".join(said), stacklevel=3)  # of the caller, past the decorator
     return out
 
 

@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from .names import meant
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,13 +80,6 @@ def load_prompts(source: Any, *, name: str | None = None) -> pd.DataFrame:
         raise PromptError(f"duplicate id {twice!r} in {said}: {int(table['id'].duplicated().sum())} rows repeat an id. Give each prompt its own.")
     table.attrs = {"source": said, "fingerprint": fingerprint(table)}
     return table
-
-
-def meant(name: Any, known: Iterable[Any], nearness: float = 0.6) -> str:
-    """`` Did you mean 'this'?`` where a name comes as near to one of those that are known (difflib's ratio), else nothing."""
-    names = {str(k).lower(): str(k) for k in known}
-    near = get_close_matches(str(name).lower(), names, n=1, cutoff=nearness)
-    return f" Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def to_dataset(prompts: pd.DataFrame) -> "Dataset":

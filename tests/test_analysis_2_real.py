@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from paper import PAPER, ROOT, needs_paper
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_ind
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut
 from sklearn.pipeline import make_pipeline
@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.slow, needs_paper]
 def run(script: str, out: Path, kept: Path, paper: Path = PAPER) -> dict[str, Any]:
     """Everything a script defined, run as a user does, in its quick way and without a finished demo."""
     before = sys.argv
-    sys.argv = [script, "--quick", "--paper", str(paper), "--run", str(out / "none"), "--kept", str(kept), "--out", str(out)]
+    sys.argv = [script, "--quick", "--paper", str(paper), "--kept", str(kept), "--out", str(out)]
+    sys.argv += [] if script == "2_twins.py" else ["--run", str(out / "none")]
     try:
         return {**runpy.run_path(str(ROOT / "analyses" / script)), "out": out}
     finally:
@@ -48,6 +49,12 @@ def transfer(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> dict[str, 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory: pytest.TempPathFactory, kept: Path) -> dict[str, Any]:
     return run("2_ladder.py", tmp_path_factory.mktemp("ladder"), kept)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory, transfer: dict[str, Any], kept: Path) -> dict[str, Any]:
+    """After `transfer`, which puts the weights together."""
+    return run("2_twins.py", tmp_path_factory.mktemp("twins"), kept)
 
 
 def foretold_by_sklearn(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -90,6 +97,19 @@ def test_a_difference_is_that_of_mean_squared_errors(transfer: dict[str, Any]) -
     row = row.loc[("categories held out", "finance", "last", "instruct minus base", "difference in R²")]
     assert row["estimate"] == pytest.approx(r2[0] - r2[1], abs=1e-9) and row["low"] < row["estimate"] < row["high"]
     assert row["p"] >= 2 / 256
+
+
+def test_a_trained_network_stands_among_its_twins_where_their_errors_put_it(transfer: dict[str, Any], twins: dict[str, Any]) -> None:
+    among, found = twins["among"].set_index(["target", "network", "position"]), twins["found"]
+    y = transfer["asked_of"]["published"].facts["finance"].to_numpy()
+    cell = found[(found["target"] == "finance") & (found["network"] == transfer["BASE"]) & (found["position"] == "mean")].set_index("seed")["r2"]
+    for seed, name in ((-1, transfer["BASE"]), (0, f"random twin 0 of {transfer['BASE']}")):  # the same folds, by the other analysis
+        error = transfer["errors"]["published", "categories held out", "finance", "mean", name]
+        assert cell[seed] == pytest.approx(1 - np.square(error).mean() / y.var(), abs=1e-9)
+    row, random = among.loc[("finance", transfer["BASE"], "mean")], cell.drop(-1)
+    assert len(among) == 8 and random.nunique() == twins["TWINS"] == row["n"] and row["above"] == (random < cell[-1]).sum()
+    assert ttest_ind([cell[-1]], random).pvalue == pytest.approx(row["p"]), "one against several is the two-sample t of one value"
+    assert json.loads((twins["out"] / "2-transfer-twins.json").read_text())["a sceptic would write"]
 
 
 def test_no_number_without_interval_and_null(transfer: dict[str, Any]) -> None:

@@ -22,14 +22,14 @@ ARRAYS = {
     "stats", "resampling", "subspaces", "nulls", "_sides", "geometry", "shifts", "directions", "separation", "activations", "baselines", "ridge",
     "prediction", "positions", "prompts", "store", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations", "_draws",
     "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries", "names",
 }  # fmt: skip
 """Rooms that run on random arrays with no model installed."""
 
 BELOW_STUDY = {
     "resampling", "subspaces", "_sides", "ridge", "baselines", "_identity", "_exchange", "attribution", "measures", "covariance", "correlations",
     "_draws", "by_prompt", "calibration", "presets", "vectors", "fitting", "features", "folds", "learners", "crossvalidated", "effects", "comparing",
-    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries",
+    "scores", "shuffles", "gains", "refusals", "predictor", "portables", "conformal", "threads", "summaries", "names",
 }  # fmt: skip
 """Array rooms that a study reaches through the rooms above them only."""
 
@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "resampling": set(),
     "stats": {"resampling"},
-    "prompts": set(),
+    "names": set(),
+    "prompts": {"names"},
     "ridge": set(),
     "subspaces": set(),
     "threads": set(),
@@ -66,16 +67,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "separation": {"threads", "_sides", "fitting", "nulls", "stats", "subspaces", "activations"},
     "crossvalidated": {"resampling", "stats"},
     "effects": {"resampling", "stats"},
-    "comparing": {"effects", "resampling", "stats"},
+    "comparing": {"effects", "names", "resampling", "stats"},
     "embeddings": {"loading"},
-    "baselines": {"_identity", "activations", "embeddings", "prompts", "stats", "ridge"},
-    "features": {"_identity", "_sides", "activations", "baselines", "directions", "ridge", "subspaces"},
+    "baselines": {"_identity", "activations", "embeddings", "names", "prompts", "stats", "ridge"},
+    "features": {"_identity", "_sides", "activations", "baselines", "names", "directions", "ridge", "subspaces"},
     "folds": {"ridge"},
-    "learners": {"threads", "ridge"},
+    "learners": {"threads", "names", "ridge"},
     "scores": {"crossvalidated", "ridge", "stats"},
     "shuffles": {"stats"},
     "gains": {"baselines", "learners", "ridge", "scores", "stats"},
-    "refusals": {"folds", "learners", "scores", "shuffles"},
+    "refusals": {"activations", "folds", "learners", "names", "scores", "shuffles"},
     "prediction": {
         "threads",
         "activations",
@@ -110,8 +111,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_families": set(),
     "_passes": {"positions"},
     "_passing": {"positions"},
-    "loading": {"store", "prompts"},
-    "adapters": {"loading", "prompts", "store"},
+    "loading": {"names", "store", "prompts"},
+    "adapters": {"loading", "names", "prompts", "store"},
     "_core": {"_engines", "_passes", "activations", "adapters", "loading", "positions", "prompts", "store"},
     "_recording": {"_core", "_engines", "_passes", "activations", "adapters", "positions", "prompts", "store"},
     "_scoring": {"_core", "_passes", "adapters", "loading", "positions", "prompts"},
@@ -150,6 +151,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "baselines",
         "coherence",
         "loading",
+        "names",
         "personas",
         "models",
         "tuning",

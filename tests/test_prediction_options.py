@@ -311,7 +311,7 @@ def test_a_learner_of_your_own_and_wrong_options() -> None:
     for words, option in (
         ("unknown model", {"model": "forest"}),
         ("unknown features", {"features": "rows"}),
-        ("sequence of baselines", {"baselines": "mean"}),
+        ("one or more feature sets", {"features": ()}),
     ):
         with pytest.raises(ValueError, match=words):
             predict(acts, "score", **({"baselines": ()} | option))

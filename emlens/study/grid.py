@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..prompts import load_prompts, meant, split_response
+from ..names import meant
+from ..prompts import load_prompts, split_response
 from .keys import QUICK, RECIPE, faults, faults_of_run
 
 SHIPPED = Path(__file__).parent

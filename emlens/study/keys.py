@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..activations import SINGLE_LAYER_SITES, SITES
-from ..prompts import meant
+from ..names import meant
 
 Wrong = Callable[[Any], str]
 """What is needed where a value will not do; "" where it will."""
