@@ -150,7 +150,7 @@ def logistic(penalties: Sequence[float] = LOGISTIC_PENALTIES) -> Learner:
             held = counts > 0
             if len(set(labels[held])) < 2:
                 return np.full((len(grid), len(other)), float(y[0, at]))
-            fits = (LogisticRegression(C=1 / a, tol=1e-8, max_iter=10_000).fit(twice[held], labels[held], counts[held]) for a in grid)
+            fits = (LogisticRegression(C=1 / a, tol=1e-8, solver="newton-cholesky").fit(twice[held], labels[held], counts[held]) for a in grid)
             return np.stack([fit.predict_proba(other)[:, 1] for fit in fits])
 
         return np.stack(list(side_by_side(probabilities, range(y.shape[1]), y.shape[1])), axis=-1)

@@ -69,7 +69,8 @@ def predict(
     features   what of the activations is seen: "raw", "squared_projections", "joined", a FeatureSet, or several of them
                (`emlens.features`); rows of several layers joined have layer -2.
     model      "ridge", "lasso", "ols", "pls", "logistic" (a rate between 0 and 1), or a Learner (`emlens.learners`);
-               `penalties` of the named ones, chosen in inner folds. Baselines of layer -1 are ridges whatever the model.
+               `penalties` of the named ones, chosen in inner folds. Ridge takes all permutations at once; logistic fits them one by
+               one (96 prompts, 8 groups, 19 permutations: 20 s a layer). Baselines of layer -1 are ridges whatever the model.
     baselines  rows with layer -1, or at each layer for random features and other models' Activations: see
                `emlens.baselines`; a mapping names them; () for none.
     metrics    "r2" 1 - sum (y - yhat)^2 / sum (y - mean y)^2, pooled over all out-of-fold rows; "spearman", "rmse"
