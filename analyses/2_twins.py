@@ -109,9 +109,9 @@ apart, middle = among["q"] < ALPHA, (among["null_low"] + among["null_high"]) / 2
 more, less = among[apart & (among["estimate"] > middle)], among[apart & (among["estimate"] < middle)]
 sceptic = (
     f"Trained networks foretell these scores better than random networks of their shape in {len(more)} of {len(among)} cells "
-    f"({(more['estimate'] <= 0).sum()} of them with an R² not above 0: they only fail less), worse in {len(less)}. That is what training adds to a reader "
-    f"of {len(asked)} fixed questions in eight topics, and says nothing of the tuned model: two tunings, one judge, and text alone is not in this "
-    "comparison."
+    f"({(more['estimate'] <= 0).sum()} of them with an R² not above 0: they only fail less), worse in {len(less)}. That is what training adds to a "
+    f"reader of {len(asked)} fixed questions in eight topics, and says nothing of the tuned model: two tunings, one judge, and text alone is not in "
+    "this comparison."
 )
 print("\n".join(findings), f"a sceptic would write: {sceptic}", sep="\n")
 
