@@ -87,7 +87,6 @@ def predict(
     noise      column with the standard error of the target (None: "<target>_se", when there); `trials`: column with the
                number of answers behind a rate. `reliability`: 1 - mean(se^2) / var(y); `ceiling`: what each metric could
                reach at best (NaN where that is not known).
-
     copies     of a prompt in different groups: "refuse"; "allow" where prompts come again by design, as when each group is a model that
                is asked the same questions. Then a held-out group is new, its prompts are not: `.attrs["cautions"]` says so.
 

@@ -310,7 +310,7 @@ def fit_predictor(
         groups=groups,
         n=len(y),
         n_groups=len(each),
-        folds=folds.outer,
+        folds=folds.outer + (", its prompts allowed in other groups" if again else ""),
         penalty=penalty,
         r2=float(r2(y[:, None], nested.predictions)[0]),
         level=float(level),

@@ -113,7 +113,8 @@ def test_the_same_prompts_in_every_group_are_refused_unless_it_is_by_design():
     found = em.predict(acts, "score", copies="allow", **ask)
     assert found["q"].item() < 0.05 and "a held-out group of 'model' is new, its prompts are not (60 pairs of copies" in found.attrs["cautions"][0]
     with pytest.warns(UserWarning, match="its prompts are not .60 pairs"):
-        em.fit_predictor(acts, "score", groups="model", copies="allow")
+        kept = em.fit_predictor(acts, "score", groups="model", copies="allow")
+    assert "its prompts allowed in other groups" in kept.predict(acts).attrs["interval"]
     alone = em.predict(ACTS, "score", groups="category", n_permutations=9, copies="allow")
     assert not any("pairs of copies" in each for each in alone.attrs["cautions"]), "none there, none told"
 
