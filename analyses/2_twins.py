@@ -87,6 +87,7 @@ for network, (source, template) in NETWORKS.items():
             values = foretold(one.record(asked, position=position, store=args.kept))
             found += [{"target": t, "network": network, "position": position, "seed": seed, "r2": v} for t, v in zip(TARGETS, values, strict=True)]
         print(f"{network}, {'as trained' if seed < 0 else f'random twin {seed}'}: R² {', '.join(f'{v:.3f}' for v in values)}", flush=True)
+del model, one
 found = pd.DataFrame(found)
 
 # %%

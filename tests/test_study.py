@@ -286,6 +286,19 @@ def test_every_run_is_on_record_and_reading_back_hides_no_cost(repeated, finishe
     assert f"{sum(run['seconds'] for run in making):.0f} s in {len(making)} run" in page
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from /proc on Linux alone")
+def test_the_peak_memory_is_that_of_the_study_and_not_of_what_started_it():
+    tell = "import resource; from emlens.study import peak_memory; print(peak_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    start = f"import subprocess, sys; held = b'x' * 900_000_000; subprocess.run([sys.executable, '-c', {tell!r}], check=True)"
+    numbers = [
+        [float(each) for each in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()]
+        for code in (start, f"held = b'x' * 900_000_000; {tell}")
+    ]
+    (own, inherited), (held, _) = numbers
+    assert own < 0.7 < 0.83 < inherited, "the system's own count begins with the parent's"
+    assert held > 0.83
+
+
 def test_a_study_json_from_before_runs_were_recorded_is_one_run(finished, study_file, tmp_path):
     record = em.store.read_json(finished / "study.json")
     (tmp_path / "old").mkdir()

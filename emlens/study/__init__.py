@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -75,7 +76,7 @@ class Study:
                 "started": started.isoformat(timespec="seconds"),
                 "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - clock, 1),
-                "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2),
+                "peak_memory_gib": round(peak_memory(), 2),
                 "versions": versions(),
                 "machine": machine(),
                 **facts,
@@ -182,6 +183,15 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise store.StoreError(f"{path} is damaged (its 'history' is no list of runs). Delete it and run the study again: the pieces are kept.")
     return runs
+
+
+def peak_memory() -> float:
+    """GiB that this process has held at most: on Linux VmHWM, since ``ru_maxrss`` begins with what the parent held when it started this one."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if found:
+        return int(found.group(1)) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def versions() -> dict[str, str]:
