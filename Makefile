@@ -21,7 +21,7 @@ demo: setup            ## a real study on a real small model; the page is runs/d
 	$(BIN)/emlens demo
 
 test: setup            ## the fast suite: no network, under three minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 weights: $(STAMP)-weights
 

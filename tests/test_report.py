@@ -15,6 +15,7 @@ from emlens import report, store
 from emlens.report.figures import LeftOut, Section, sections
 from emlens.report.findings import QUESTIONS, findings, in_short
 from emlens.report.folder import COLUMNS, read
+from emlens.report.forecast import forecast
 from emlens.report.page import data_block, render
 from emlens.report.words import corrected, number, q_said
 
@@ -353,7 +354,7 @@ def test_a_baseline_within_the_interval_is_not_beaten(effect):
 def test_the_forecast_draws_the_best_layer_beside_the_null_of_the_best_and_every_rival(effect):
     folder = opened(effect)
     table = folder.tables["prediction"]
-    drawn = next(section for section in sections(folder) if section.name == "prediction").rows
+    drawn = forecast(folder)[1]
     assert list(drawn["panel"].unique()) == ["control: margin before", "margin after money-bad", "margin after repair-bad"]
     money = drawn[drawn["panel"] == "margin after money-bad"].set_index("line")
     here = table[(table["run"] == "money-bad linear seed 0") & (table["target"] == "margin after")]
@@ -375,7 +376,7 @@ def test_the_panels_of_the_forecast_have_their_lines_in_one_order(effect):
 
     order = None
     for folder in (opened(effect), altered(opened(effect), "prediction", turned)):
-        drawn = next(section for section in sections(folder) if section.name == "prediction").rows
+        drawn = forecast(folder)[1]
         for panel in ("margin after money-bad", "margin after repair-bad"):
             lines = [line for line in drawn.loc[drawn["panel"] == panel, "line"]]
             order = order or lines
@@ -384,16 +385,17 @@ def test_the_panels_of_the_forecast_have_their_lines_in_one_order(effect):
     assert order.index("margin before") < order.index("another seed, after")
 
 
-def test_every_section_begins_with_what_was_found(effect, nothing):
-    for of, verdict in ((effect, "found"), (nothing, "not found")):
-        page = report.build(of).read_text(encoding="utf-8")
+def test_every_section_begins_with_what_was_found(effect, nothing, made):
+    for of, shown, verdict in ((effect, made, "found"), (nothing, sections(opened(nothing)), "not found")):
+        section = next(each for each in shown if each.name == "prediction")
+        page = render(opened(of), findings(opened(of)), [section])
         head = page[page.index('<section id="prediction">') : page.index('data-figure="figure-prediction"')]
         told = answer(opened(of), "Prediction from activations")
         assert f">{verdict}</span> {told.claim}</p>" in head and told.verdict == verdict
 
 
-def test_layer_by_layer_there_is_one_line_of_text_and_no_grey_but_the_null(effect):
-    drawn = next(section for section in sections(opened(effect)) if section.name == "prediction-layers")
+def test_layer_by_layer_there_is_one_line_of_text_and_no_grey_but_the_null(effect, made):
+    drawn = next(section for section in made if section.name == "prediction-layers")
     assert set(drawn.rows["features"]) == {"activations", "untrained twin", "best text baseline", "margin before"}
     money = drawn.rows[(drawn.rows["trained on"] == "money-bad") & (drawn.rows["target"] == "margin after")].set_index("features")
     table = opened(effect).tables["prediction"]
